@@ -1,0 +1,1 @@
+"""Samples to train on: conversations from files, generators that draw them, and the collator that batches them."""
