@@ -1,0 +1,90 @@
+"""Plans and images to the tensors that the model takes: the one place where views become packed patches.
+
+    SlicePlan  ->  views, overview first  ->  resized pixels  ->  rows of patches, normalised and zero padded
+
+Both image processors pass through here and differ only in how they resize one view.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import TypedDict, TypeVar
+
+import torch
+
+from vlmslice.slicing import SlicePlan, View
+
+# V views of all images, T patches of the largest view rounded up, N images
+PATCH_COUNT_MULTIPLE = 16  # Every new tensor shape costs a kernel set-up on the CPU, so sequences end on a multiple.
+
+ImageT = TypeVar("ImageT")
+
+
+class PackedViews(TypedDict):
+    """What the model takes of N images.
+
+    Keys:
+        pixel_values: `[V, T, patch_size * patch_size * 3]`. A row is one view, its patches in row-major order, each
+            flattened channels last (the layout of timm's NaFlexVit); zeros from patch `height * width` on.
+        target_sizes: `int64[V, 2]`, the patch grid (height, width) of each view.
+        canvas_boxes: `int64[V, 4]`, as in `SlicePlan.canvas_boxes`.
+        num_views: `int64[N]`, the number of consecutive rows that belong to each image.
+    """
+
+    pixel_values: torch.Tensor
+    target_sizes: torch.Tensor
+    canvas_boxes: torch.Tensor
+    num_views: torch.Tensor
+
+
+def pack_views(
+    images: Sequence[ImageT],
+    plans: Sequence[SlicePlan],
+    resize_view: Callable[[ImageT, View], torch.Tensor],
+    *,
+    patch_size: int,
+    gain: Sequence[float],
+    offset: Sequence[float],
+) -> PackedViews:
+    """Resizes every view of every plan and packs it as patches.
+
+    A 448x448 image cut 2x2 into slices of 224x224 px with an overview of 160x160 px gives, at 16 px per patch, five
+    rows: the overview with 100 patches, then four slices with 196, all padded to T = 208.
+
+    Args:
+        images: N source images, in whatever form `resize_view` takes.
+        plans: The plan of each image.
+        resize_view: Maps an image and one of its views to `uint8[height, width, 3]` of `view.size`.
+        patch_size: Side of a patch, px.
+        gain: Per channel; a packed value is `pixel * gain + offset`.
+        offset: Per channel.
+    """
+    views = [view for plan in plans for view in plan.views]
+    longest = max(height * width for height, width in (view.patch_grid for view in views))
+    num_patches = -(-longest // PATCH_COUNT_MULTIPLE) * PATCH_COUNT_MULTIPLE
+    pixel_values = torch.zeros(len(views), num_patches, patch_size * patch_size * 3)
+    rows = iter(pixel_values)
+    for image, plan in zip(images, plans, strict=True):
+        for view in plan.views:
+            patches = split_into_patches(resize_view(image, view), patch_size)
+            row = next(rows)[: len(patches)].view(len(patches), -1, 3)
+            row.copy_(patches.view(row.shape))
+            row.mul_(torch.tensor(gain)).add_(torch.tensor(offset))
+    return PackedViews(
+        pixel_values=pixel_values,
+        target_sizes=torch.tensor([view.patch_grid for view in views]),
+        canvas_boxes=torch.tensor([box for plan in plans for box in plan.canvas_boxes]),
+        num_views=torch.tensor([len(plan.views) for plan in plans]),
+    )
+
+
+def split_into_patches(pixels: torch.Tensor, patch_size: int) -> torch.Tensor:
+    """Cuts `[height, width, 3]` into `[num_patches, patch_size * patch_size * 3]`, row-major, channels last."""
+    height, width, channels = pixels.shape
+    cells = pixels.reshape(height // patch_size, patch_size, width // patch_size, patch_size, channels)
+    return cells.transpose(1, 2).reshape(-1, patch_size * patch_size * channels)
+
+
+def join_patches(patches: torch.Tensor, patch_grid: tuple[int, int], patch_size: int) -> torch.Tensor:
+    """Inverse of `split_into_patches`, for display; ignores the padding after the last patch of the grid."""
+    rows, cols = patch_grid
+    cells = patches[: rows * cols].reshape(rows, cols, patch_size, patch_size, -1)
+    return cells.transpose(1, 2).reshape(rows * patch_size, cols * patch_size, -1)
