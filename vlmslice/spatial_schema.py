@@ -67,10 +67,10 @@ CHAT_TEMPLATE = """\
         {{- message['content'] -}}
     {%- else -%}
         {%- for block in message['content'] -%}
-            {%- if block['type'] == 'text' -%}
+            {%- if block['type'] == 'text' and block['text'] is string -%}
                 {{- block['text'] -}}
             {%- elif block['type'] == 'image' -%}<|image|>
-            {%- else -%}{{ raise_exception("unknown content type '" ~ block['type'] ~ "'; expected text or image") }}
+            {%- else -%}{{ raise_exception("bad content block of type '" ~ block['type'] ~ "'; expected text or image") }}
             {%- endif -%}
         {%- endfor -%}
     {%- endif -%}
@@ -102,7 +102,7 @@ def spell_plan(plan: SlicePlan) -> str:
 
 
 def add_special_tokens(tokenizer: PreTrainedTokenizerBase) -> int:
-    """Adds the schema's tokens to any tokenizer and makes `<|end|>` and `<|pad|>` its end and padding tokens.
+    """Adds the schema's tokens to any tokenizer: `<|end|>` ends its texts, `<|pad|>` fills them up on the left.
 
     The language model that owns the tokenizer must then grow its embeddings to `len(tokenizer)` and stop at
     `tokenizer.eos_token_id`.
@@ -116,7 +116,10 @@ def add_special_tokens(tokenizer: PreTrainedTokenizerBase) -> int:
     )
     named = {"eos_token": END, "pad_token": PAD}
     others = [token for token in SPECIAL_TOKENS if token not in named.values()]
-    tokenizer.add_special_tokens({**named, "extra_special_tokens": others}, replace_extra_special_tokens=False)
+    tokenizer.add_special_tokens(
+        {**named, "extra_special_tokens": others}, replace_extra_special_tokens=False
+    )
+    tokenizer.padding_side = "left"
     return len(tokenizer) - num_before
 
 

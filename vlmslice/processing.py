@@ -1,0 +1,253 @@
+"""Images and a chat -> model inputs; ids -> answer text.
+
+The chat template leaves one `<|image|>` per image; `replace_image_token` spells each out by its slice plan (see
+`spatial_schema`), so text and pixels always come from the same plan.
+
+Text of a user can never become a control token. `apply_chat_template` marks each special token that a message spells
+before it renders the chat, and the tokenizer encodes what is marked as plain text: transformers' control-token
+sanitising, on by default here. Prompts, `pipeline("image-text-to-text")` and training all take this one way from
+messages to ids. Two code points cannot pass it: U+F0000 and U+F0001, which transformers uses as the marks, are
+dropped from messages.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import fields
+from typing import Any, ClassVar
+
+from transformers import BatchFeature, PreTrainedTokenizerBase
+from transformers.image_utils import make_flat_list_of_images
+from transformers.processing_utils import MultiModalData, ProcessorMixin
+
+from vlmslice.errors import VlmSliceError
+from vlmslice.slicing import SlicingConfig
+from vlmslice.spatial_schema import (
+    IMAGE_END,
+    IMAGE_START,
+    IMAGE_TOKEN,
+    SPECIAL_TOKENS,
+    build_chat_template,
+    spell_plan,
+)
+
+
+class PlaceholderError(VlmSliceError, ValueError):
+    """The images of a sample and its placeholders disagree.
+
+    Attributes:
+        sample_index: Position of the sample in its batch.
+    """
+
+    def __init__(self, message: str, sample_index: int):
+        super().__init__(message)
+        self.sample_index = sample_index
+
+
+class TruncationError(VlmSliceError, ValueError):
+    """Truncation to a maximum length would cut into the visual tokens of an image."""
+
+
+class VlmSliceProcessor(ProcessorMixin):
+    """Turns chats with images into model inputs, and generated ids back into text.
+
+    ```python
+    messages = [{"role": "user", "content": [{"type": "image", "path": "receipt.png"},
+                                             {"type": "text", "text": "What is the total?"}]}]
+    inputs = processor.apply_chat_template(
+        messages, add_generation_prompt=True, tokenize=True, return_dict=True
+    )
+    ```
+
+    Model inputs of B samples of L ids:
+
+    - `input_ids`, `attention_mask`: `int64[B, L]`, padded on the left
+    - `pixel_values`, `target_sizes`, `canvas_boxes`, `num_views`: see `view_packing.PackedViews`, over the images of
+      the whole batch in order; absent if no sample has an image
+    """
+
+    text_kwargs: ClassVar[dict[str, Any]] = {
+        "add_special_tokens": False,  # the chat template writes them
+        "padding": True,
+        "padding_side": "left",
+        "return_tensors": "pt",
+    }
+    images_kwargs: ClassVar[dict[str, Any]] = {"return_tensors": "pt"}
+
+    def __init__(
+        self,
+        image_processor: Any = None,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        chat_template: str | None = None,
+    ):
+        """Joins the parts.
+
+        Args:
+            image_processor: A `VlmSliceImageProcessor` or `VlmSliceImageProcessorPil`.
+            tokenizer: Any tokenizer that went through `spatial_schema.add_special_tokens`.
+            chat_template: A jinja template; by default the one that `build_chat_template` makes for the tokenizer.
+        """
+        missing = sorted(set(SPECIAL_TOKENS) - set(tokenizer.get_added_vocab()))
+        if missing:
+            raise ValueError(
+                f"the tokenizer lacks {', '.join(missing)}; expected every token of the spatial schema; "
+                "call vlmslice.spatial_schema.add_special_tokens(tokenizer) first"
+            )
+        self.image_token = IMAGE_TOKEN
+        self.image_token_id = tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)
+        super().__init__(
+            image_processor, tokenizer, chat_template=chat_template or build_chat_template(tokenizer)
+        )
+
+    def __call__(
+        self, images: Any = None, text: Any = None, *, sanitize_control_tokens: bool = True, **kwargs: Any
+    ) -> BatchFeature:
+        """Encodes text that `apply_chat_template` rendered, and the images of its placeholders.
+
+        `text` may hold control tokens, so never paste text of a user into it; put it into a message instead.
+
+        Args:
+            images: One image, a list of images in the order of their placeholders, or one such list per sample.
+            text: A rendered chat, or a list of them.
+            sanitize_control_tokens: Respect the marks that `apply_chat_template` left around control tokens that were
+                spelled in messages. This default is all that the override adds to transformers' own `__call__`.
+            **kwargs: Options of transformers' processors.
+        """
+        return super().__call__(images, text, sanitize_control_tokens=sanitize_control_tokens, **kwargs)
+
+    def apply_chat_template(
+        self,
+        conversation: Sequence[Any],
+        chat_template: str | None = None,
+        *,
+        tokenize: bool = False,
+        sanitize_control_tokens: bool = True,
+        **kwargs: Any,
+    ) -> Any:
+        """Renders messages, and with `tokenize=True` encodes them and their images; see transformers' method.
+
+        Control tokens spelled in messages become plain text. With `tokenize=False` the rendered string keeps the
+        (invisible) marks around them, so that handing it to this processor later is safe too.
+
+        Args:
+            conversation: The messages of one chat, or a list of chats.
+            chat_template: A template to use instead of the processor's.
+            tokenize: Return ids (with `return_dict=True`: all model inputs) instead of the rendered string.
+            sanitize_control_tokens: `False` lets messages write control tokens.
+            **kwargs: Further options of transformers' method.
+        """
+        if sanitize_control_tokens:
+            conversation = _join_text_blocks(conversation)
+            if not tokenize:
+                template = self._resolve_chat_template(chat_template)
+                # The list around the conversation stands for a batch; single or batched chats are marked alike.
+                [conversation], *_ = self.tokenizer._mark_chat_inputs(
+                    template, [conversation], None, None, {}, tokenize=True, assistant_mask=False
+                )
+        return super().apply_chat_template(
+            conversation,
+            chat_template,
+            tokenize=tokenize,
+            sanitize_control_tokens=sanitize_control_tokens and tokenize,
+            **kwargs,
+        )
+
+    def validate_inputs(self, images: Any = None, text: Any = None, **kwargs: Any) -> None:
+        """Checks that every sample has as many images as placeholders.
+
+        transformers compares the sums over the batch, which lets two samples swap their images unnoticed.
+        """
+        if isinstance(text, list) and all(isinstance(sample, str) for sample in text):
+            num_placeholders = [sample.count(IMAGE_TOKEN) for sample in text]
+            num_images = _count_images(images, num_placeholders)
+            for index, (expected, got) in enumerate(zip(num_placeholders, num_images, strict=True)):
+                if got != expected:
+                    raise PlaceholderError(
+                        f"sample {index} of the batch has {got} images but {expected} image placeholders; "
+                        "give each sample one image per placeholder, and as many lists of images as samples",
+                        sample_index=index,
+                    )
+        super().validate_inputs(images=images, text=text, **kwargs)
+
+    def replace_image_token(self, image_inputs: dict[str, Any], image_idx: int, **kwargs: Any) -> str:
+        """The text that stands in for the placeholder of one image."""
+        return spell_plan(image_inputs["plans"][image_idx])
+
+    @property
+    def unused_input_names(self) -> list[str]:
+        return ["plans"]
+
+    def _check_special_mm_tokens(self, text: list[str], text_inputs: Any, modalities: list[str]) -> None:
+        """Refuses a truncation that cut into an image or dropped one."""
+        start, end = self.tokenizer.convert_tokens_to_ids([IMAGE_START, IMAGE_END])
+        input_ids = text_inputs["input_ids"]
+        for index, ids in enumerate(input_ids if isinstance(input_ids, list) else input_ids.tolist()):
+            if ids.count(start) != ids.count(end):
+                raise TruncationError(
+                    f"truncation to {len(ids)} ids cuts into an image of sample {index}: {ids.count(start)} images "
+                    f"begin but {ids.count(end)} end; raise max_length, or lower max_visual_tokens"
+                )
+        try:
+            super()._check_special_mm_tokens(text, text_inputs, modalities)
+        except ValueError as error:
+            raise TruncationError(
+                f"truncation drops visual tokens; raise max_length, or lower max_visual_tokens. {error}"
+            ) from error
+
+    def _get_num_multimodal_tokens(
+        self, image_sizes: Sequence[tuple[int, int]] | None = None, **kwargs: Any
+    ) -> MultiModalData:
+        """Visual tokens and views (rows of `pixel_values`) of images, from their (height, width) alone."""
+        if image_sizes is None:
+            return MultiModalData()
+        options = self._merge_kwargs(**kwargs)["images_kwargs"]
+        slicing = {
+            field.name: options[field.name] for field in fields(SlicingConfig) if field.name in options
+        }
+        plans = [self.image_processor.plan(height, width, **slicing) for height, width in image_sizes]
+        return MultiModalData(
+            num_image_tokens=[plan.num_visual_tokens for plan in plans],
+            num_image_patches=[len(plan.views) for plan in plans],
+        )
+
+
+def _join_text_blocks(conversation: Any) -> Any:
+    """Joins neighbouring text blocks, so that no control token can be spelled across two of them.
+
+    Marks are set block by block: of "<|ima" and "ge|>" neither is a control token, but rendered side by side they
+    are one.
+    """
+    if not isinstance(conversation, dict):
+        return [_join_text_blocks(part) for part in getattr(conversation, "messages", conversation)]
+    if not isinstance(conversation.get("content"), (list, tuple)):
+        return conversation
+    blocks: list[Any] = []
+    for block in conversation["content"]:
+        if blocks and _is_text(blocks[-1]) and _is_text(block):
+            blocks[-1] = {"type": "text", "text": blocks[-1]["text"] + block["text"]}
+        else:
+            blocks.append(block)
+    return {**conversation, "content": blocks}
+
+
+def _is_text(block: Any) -> bool:
+    return isinstance(block, dict) and block.get("type") == "text" and isinstance(block.get("text"), str)
+
+
+def _count_images(images: Any, num_placeholders: list[int]) -> list[int]:
+    """Images of each sample; a flat list is dealt out by the placeholders, and the last sample takes what is left."""
+    num_samples = len(num_placeholders)
+    if (
+        isinstance(images, (list, tuple))
+        and images
+        and all(isinstance(part, (list, tuple)) for part in images)
+    ):
+        counts = [len(part) for part in images]
+        # Lists without a sample, or samples without a list, are a mismatch of the last sample.
+        return [*counts, *[0] * num_samples][: num_samples - 1] + [sum(counts[num_samples - 1 :])]
+    num_left = 0 if images is None else len(make_flat_list_of_images(images))
+    counts = []
+    for expected in num_placeholders[:-1]:
+        counts.append(min(expected, num_left))
+        num_left -= counts[-1]
+    return [*counts, num_left]
