@@ -93,6 +93,8 @@ class VlmSliceProcessor(ProcessorMixin):
                 f"the tokenizer lacks {', '.join(missing)}; expected every token of the spatial schema; "
                 "call vlmslice.spatial_schema.add_special_tokens(tokenizer) first"
             )
+        # transformers lets a tokenizer's own side win over `text_kwargs`, and generation needs the left one.
+        tokenizer.padding_side = "left"
         self.image_token = IMAGE_TOKEN
         self.image_token_id = tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)
         super().__init__(

@@ -102,7 +102,7 @@ def spell_plan(plan: SlicePlan) -> str:
 
 
 def add_special_tokens(tokenizer: PreTrainedTokenizerBase) -> int:
-    """Adds the schema's tokens to any tokenizer: `<|end|>` ends its texts, `<|pad|>` fills them up on the left.
+    """Adds the schema's tokens to any tokenizer and makes `<|end|>` and `<|pad|>` its end and padding tokens.
 
     The language model that owns the tokenizer must then grow its embeddings to `len(tokenizer)` and stop at
     `tokenizer.eos_token_id`.
@@ -119,7 +119,6 @@ def add_special_tokens(tokenizer: PreTrainedTokenizerBase) -> int:
     tokenizer.add_special_tokens(
         {**named, "extra_special_tokens": others}, replace_extra_special_tokens=False
     )
-    tokenizer.padding_side = "left"
     return len(tokenizer) - num_before
 
 

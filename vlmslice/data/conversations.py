@@ -1,0 +1,168 @@
+"""JSONL files of conversations, the common `messages` + `images` format, as a map-style dataset.
+
+One JSON object per line::
+
+    {"messages": [{"role": "user", "content": "<image>\\nWhat is the total?"},
+                  {"role": "assistant", "content": "12.50"}],
+     "images": ["scans/receipt-7.png"]}
+
+`content` comes in two forms:
+
+- a string. In messages of the user and of the system each `<image>` mark stands for the next of `images`, and a line
+  break right after a mark belongs to it (LLaVA's and ShareGPT's spelling). Answers hold no marks.
+- a list of blocks, `{"type": "text", "text": ...}` and `{"type": "image"}`. Here `<image>` in a text is just text.
+
+The dataset hands out the second form only. Other keys of a line (`id`, ...) are left alone. Image paths are relative
+to the file, or to `image_root`; an absolute path stands as it is.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from vlmslice.data.collator import Sample
+from vlmslice.errors import VlmSliceError
+from vlmslice.image_loading import ImageError, ImageLimits, load_image
+from vlmslice.spatial_schema import ROLES
+
+IMAGE_MARK = "<image>"
+
+_DEFAULT_LIMITS = ImageLimits()
+
+
+class ConversationError(VlmSliceError, ValueError):
+    """A line is not a conversation, or one of its images cannot be loaded; the text begins with file:line."""
+
+
+class ConversationDataset(Sequence[Sample]):
+    """The conversations of one JSONL file; images are loaded when a sample is asked for.
+
+    Every line is checked when the dataset is built. Of each line only its place in the file is kept, so a file of a
+    million lines takes 16 MB.
+    """
+
+    def __init__(
+        self,
+        path: str | Path,
+        *,
+        image_root: str | Path | None = None,
+        limits: ImageLimits = _DEFAULT_LIMITS,
+    ):
+        """Checks every line.
+
+        Args:
+            path: The JSONL file; blank lines are skipped.
+            image_root: Folder that image paths are relative to; the file's own folder by default.
+            limits: Caps on the size of an image.
+        """
+        self.path = Path(path)
+        self.image_root = self.path.parent if image_root is None else Path(image_root)
+        self.limits = limits
+        places = []
+        offset = 0
+        with self.path.open("rb") as file:
+            for number, line in enumerate(file, start=1):
+                if line.strip():
+                    parse_conversation(line, f"{self.path}:{number}")
+                    places.append((offset, number))
+                offset += len(line)
+        self._places = np.array(places, dtype=np.int64).reshape(-1, 2)
+
+    def __len__(self) -> int:
+        return len(self._places)
+
+    def __getitem__(self, index: int) -> Sample:  # type: ignore[override]  # no slices
+        offset, number = self._places[index]
+        source = f"{self.path}:{number}"
+        with self.path.open("rb") as file:
+            file.seek(offset)
+            messages, paths = parse_conversation(file.readline(), source)
+        try:
+            images = [load_image(self.image_root / path, limits=self.limits) for path in paths]
+        except ImageError as error:
+            raise ConversationError(f"{source}: {error}") from error
+        return Sample(messages=messages, images=images, source=source)
+
+
+def parse_conversation(line: str | bytes, source: str) -> tuple[list[dict[str, Any]], list[str]]:
+    """Reads one line.
+
+    Args:
+        line: A JSON object, as described at the top of this file.
+        source: Named in errors, as file:line.
+
+    Returns:
+        The messages, every content a list of blocks, and the paths of the images, one per image block, in order.
+    """
+    try:
+        record = json.loads(line)
+    except ValueError as error:
+        raise ConversationError(f"{source}: not valid JSON: {error}") from error
+    if not isinstance(record, dict) or not isinstance(record.get("messages"), list) or not record["messages"]:
+        raise ConversationError(
+            f'{source}: got no messages; expected an object {{"messages": [...], "images": [...]}} with at least one'
+        )
+    paths = record.get("images", [])
+    if not isinstance(paths, list) or not all(isinstance(path, str) and path for path in paths):
+        raise ConversationError(f"{source}: images is {paths!r:.80}; expected a list of paths")
+    messages = [
+        _parse_message(message, f"{source}: message {number}")
+        for number, message in enumerate(record["messages"])
+    ]
+    num_places = sum(block["type"] == "image" for message in messages for block in message["content"])
+    if num_places != len(paths):
+        raise ConversationError(
+            f"{source}: the messages have places for {num_places} images but images lists {len(paths)}; write one "
+            f'{IMAGE_MARK} mark (in a string) or {{"type": "image"}} block (in a list) per image'
+        )
+    return messages, paths
+
+
+def _parse_message(message: Any, source: str) -> dict[str, Any]:
+    if not isinstance(message, dict) or message.get("role") not in ROLES:
+        raise ConversationError(
+            f"{source} is {message!r:.80}; expected an object with a role of {', '.join(ROLES)}"
+        )
+    role, content = message["role"], message.get("content")
+    if isinstance(content, str):
+        text = [{"type": "text", "text": content}] if content else []
+        return {"role": role, "content": text if role == "assistant" else split_image_marks(content)}
+    if not isinstance(content, list):
+        raise ConversationError(
+            f"{source} has the content {content!r:.80}; expected a string or a list of blocks"
+        )
+    for block in content:
+        is_image = block == {"type": "image"}
+        is_text = (
+            isinstance(block, dict) and block.get("type") == "text" and isinstance(block.get("text"), str)
+        )
+        if not is_image and not is_text:
+            raise ConversationError(
+                f'{source} holds the block {block!r:.80}; expected {{"type": "text", "text": ...}} or '
+                '{"type": "image"} with its path in the list of images'
+            )
+        if is_image and role == "assistant":
+            raise ConversationError(
+                f"{source} is an answer with an image; move the image to a message of the user"
+            )
+    return {"role": role, "content": content}
+
+
+def split_image_marks(content: str) -> list[dict[str, str]]:
+    """Turns a string with `<image>` marks into blocks.
+
+    "<image>\\nWhat is this?" becomes `[{"type": "image"}, {"type": "text", "text": "What is this?"}]`.
+    """
+    first, *others = content.split(IMAGE_MARK)
+    blocks = [{"type": "text", "text": first}] if first else []
+    for text in others:
+        blocks.append({"type": "image"})
+        text = text.removeprefix("\n")
+        if text:
+            blocks.append({"type": "text", "text": text})
+    return blocks
