@@ -10,6 +10,7 @@ from transformers.image_utils import ChannelDimension, PILImageResampling, SizeD
 
 from vlmslice.image_processing_base import SlicerInput, SlicingImageProcessor, VlmSliceImageProcessorKwargs
 from vlmslice.slicing import View
+from vlmslice.view_packing import intermediate_size
 
 
 class VlmSliceImageProcessor(SlicingImageProcessor, TorchvisionBackend):
@@ -40,7 +41,7 @@ class VlmSliceImageProcessor(SlicingImageProcessor, TorchvisionBackend):
 
     def _resize_view(self, image: torch.Tensor, view: View, resample: PILImageResampling) -> torch.Tensor:
         top, left, bottom, right = view.box
-        height, width = view.size
-        source = image[:, top:bottom, left:right]
-        resized = self.resize(source, SizeDict(height=height, width=width), resample=resample, antialias=True)
-        return resized.permute(1, 2, 0)
+        pixels = image[:, top:bottom, left:right]
+        for height, width in (intermediate_size((bottom - top, right - left), view.size), view.size):
+            pixels = self.resize(pixels, SizeDict(height=height, width=width), resample=resample, antialias=True)
+        return pixels.permute(1, 2, 0)

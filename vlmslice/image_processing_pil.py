@@ -11,6 +11,7 @@ from transformers.image_utils import ChannelDimension, PILImageResampling
 
 from vlmslice.image_processing_base import SlicerInput, SlicingImageProcessor, VlmSliceImageProcessorKwargs
 from vlmslice.slicing import View
+from vlmslice.view_packing import intermediate_size
 
 
 class VlmSliceImageProcessorPil(SlicingImageProcessor, PilBackend):
@@ -40,5 +41,6 @@ class VlmSliceImageProcessorPil(SlicingImageProcessor, PilBackend):
         if view.box != (0, 0, image.height, image.width):
             # `resize(box=...)` would let the filter look beyond the box and blend in pixels of the next slice.
             image = image.crop((left, top, right, bottom))
-        height, width = view.size
-        return torch.from_numpy(np.array(image.resize((width, height), resample)))
+        for height, width in (intermediate_size((image.height, image.width), view.size), view.size):
+            image = image.resize((width, height), resample)
+        return torch.from_numpy(np.array(image))
