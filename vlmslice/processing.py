@@ -14,11 +14,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import fields
-from typing import Any, ClassVar
+from typing import Any
 
 from transformers import BatchFeature, PreTrainedTokenizerBase
 from transformers.image_utils import make_flat_list_of_images
-from transformers.processing_utils import MultiModalData, ProcessorMixin
+from transformers.processing_utils import ImagesKwargs, MultiModalData, ProcessorMixin, TextKwargs
 
 from vlmslice.errors import VlmSliceError
 from vlmslice.slicing import SlicingConfig
@@ -66,18 +66,18 @@ class VlmSliceProcessor(ProcessorMixin):
       the whole batch in order; absent if no sample has an image
     """
 
-    text_kwargs: ClassVar[dict[str, Any]] = {
-        "add_special_tokens": False,  # the chat template writes them
-        "padding": True,
-        "padding_side": "left",
-        "return_tensors": "pt",
-    }
-    images_kwargs: ClassVar[dict[str, Any]] = {"return_tensors": "pt"}
+    text_kwargs = TextKwargs(
+        add_special_tokens=False,  # the chat template writes them
+        padding=True,
+        padding_side="left",
+        return_tensors="pt",
+    )
+    images_kwargs = ImagesKwargs(return_tensors="pt")
 
     def __init__(
         self,
-        image_processor: Any = None,
-        tokenizer: PreTrainedTokenizerBase | None = None,
+        image_processor: Any,
+        tokenizer: PreTrainedTokenizerBase,
         chat_template: str | None = None,
     ):
         """Joins the parts.
@@ -117,9 +117,9 @@ class VlmSliceProcessor(ProcessorMixin):
         """
         return super().__call__(images, text, sanitize_control_tokens=sanitize_control_tokens, **kwargs)
 
-    def apply_chat_template(
+    def apply_chat_template(  # type: ignore[override]  # the rest of the options is passed on
         self,
-        conversation: Sequence[Any],
+        conversation: Any,
         chat_template: str | None = None,
         *,
         tokenize: bool = False,
@@ -154,7 +154,9 @@ class VlmSliceProcessor(ProcessorMixin):
             **kwargs,
         )
 
-    def validate_inputs(self, images: Any = None, text: Any = None, **kwargs: Any) -> None:
+    def validate_inputs(  # type: ignore[override]  # as above
+        self, images: Any = None, text: Any = None, **kwargs: Any
+    ) -> None:
         """Checks that every sample has as many images as placeholders.
 
         transformers compares the sums over the batch, which lets two samples swap their images unnoticed.
@@ -247,7 +249,8 @@ def _count_images(images: Any, num_placeholders: list[int]) -> list[int]:
         counts = [len(part) for part in images]
         # Lists without a sample, or samples without a list, are a mismatch of the last sample.
         return [*counts, *[0] * num_samples][: num_samples - 1] + [sum(counts[num_samples - 1 :])]
-    num_left = 0 if images is None else len(make_flat_list_of_images(images))
+    flat: Any = [] if images is None else make_flat_list_of_images(images)
+    num_left = len(flat)
     counts = []
     for expected in num_placeholders[:-1]:
         counts.append(min(expected, num_left))

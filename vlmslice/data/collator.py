@@ -28,7 +28,7 @@ class Sample(TypedDict, total=False):
     """
 
     messages: list[dict[str, Any]]
-    images: list[ImageSource]
+    images: Sequence[ImageSource]
     source: str
 
 
