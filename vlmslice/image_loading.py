@@ -81,9 +81,9 @@ class ImageLimits:
     """Caps that an image must respect before it is decoded.
 
     Attributes:
-        max_pixels: height * width, as the header states it. The default is the size at which Pillow starts to warn
-            (1 GiB / 4 / 3): 9,459 x 9,459. Pillow itself refuses twice `PIL.Image.MAX_IMAGE_PIXELS` whatever is
-            said here.
+        max_pixels: height * width, as the header states it. The default is the size at which Pillow starts
+            to warn (1 GiB / 4 / 3): 9,459 x 9,459. Pillow itself refuses more than twice
+            `PIL.Image.MAX_IMAGE_PIXELS`, whatever is said here.
         max_bytes: length of the encoded file.
         max_frames: frames of an animation that may be reached, since frame n of a GIF costs n + 1 decodes.
     """
@@ -113,15 +113,16 @@ def load_image(
 
     - EXIF orientation is applied; orientation data that cannot be read counts as upright.
     - Transparency is composited on white.
-    - 16-bit grey is scaled from 0..65535. 32-bit integers and floats carry no range, so the smallest of 0..1
-      (floats), 0..255 and 0..65535 that holds all values is taken, else minimum..maximum; NaN counts as black.
+    - 16-bit grey is scaled from 0..65535. 32-bit integers and floats carry no range, so the smallest of
+      0..1 (floats), 0..255 and 0..65535 that holds all values is taken, else minimum..maximum; NaN counts as
+      black.
     - CMYK and LAB are converted without the file's colour profile.
     - Of an animation or a multi-page file the first frame is taken; of a PIL image, the frame it stands at.
 
     Args:
         source: What to load. A `str` is a path or a `data:` URL; remote URLs are refused.
-        limits: Caps checked before decoding. A PIL image that was not opened from a file has been decoded by its
-            maker, so no cap applies.
+        limits: Caps checked before decoding. None applies to a PIL image that was not opened from a file: its
+            maker already holds the pixels.
         frame: Index of the frame to take instead.
 
     Returns:
@@ -154,17 +155,19 @@ def image_from_array(array: np.ndarray) -> Image.Image:
     """Turns an array into an RGB image by the rules of `load_image`.
 
     Args:
-        array: `[height, width]` or `[height, width, channels]` with 1 (grey), 2 (grey, alpha), 3 (RGB) or 4 (RGBA)
-            channels. uint8 is taken as it is, bool and uint16 are scaled, other types by the range rule.
+        array: `[height, width]` or `[height, width, channels]` with 1 (grey), 2 (grey, alpha), 3 (RGB) or 4
+            (RGBA) channels. uint8 is taken as it is, bool and uint16 are scaled, other types by the range
+            rule.
 
     Raises:
         ImageSourceError: The shape or type is none of these.
     """
     channels = 1 if array.ndim == 2 else array.shape[-1]
-    if array.ndim not in (2, 3) or channels not in (1, 2, 3, 4) or array.size == 0 or array.dtype.kind not in "buif":
+    is_image = array.ndim in (2, 3) and channels in (1, 2, 3, 4) and array.size > 0
+    if not is_image or array.dtype.kind not in "buif":
         raise ImageSourceError(
-            f"got an array of shape {array.shape} and type {array.dtype}; expected numbers as [height, width] or "
-            "[height, width, 1 to 4 channels]; reorder the axes or pass input_data_format"
+            f"got an array of shape {array.shape} and type {array.dtype}; expected numbers as [height, width] "
+            "or [height, width, 1 to 4 channels]; reorder the axes or pass input_data_format"
         )
     pixels = np.ascontiguousarray(_to_uint8(array.reshape(*array.shape[:2], channels)))
     if channels == 1:
@@ -202,8 +205,8 @@ def _read(source: ImageSource, name: str, limits: ImageLimits) -> bytes:
         scheme = re.match(r"[A-Za-z][A-Za-z0-9+.-]*://", source)
         if scheme:
             raise ImageSourceError(
-                f"{name} is a URL ({scheme[0]}); expected a local path, a base64 data: URL, bytes or a PIL image; "
-                "download it first, or pass the plain path of a local file"
+                f"{name} is a URL ({scheme[0]}); expected a local path, a base64 data: URL, bytes or a PIL "
+                "image; download it first, or pass the plain path of a local file"
             )
     if isinstance(source, (str, Path)):
         try:
@@ -224,8 +227,8 @@ def _read(source: ImageSource, name: str, limits: ImageLimits) -> bytes:
                 f"{name} cannot be read: {_reason(error)}; expected a binary file object open for reading"
             ) from error
     raise ImageSourceError(
-        f"got a {type(source).__name__}; expected a path, bytes, a binary file object, a base64 data: URL or a "
-        "PIL image"
+        f"got a {type(source).__name__}; expected a path, bytes, a binary file object, a base64 data: URL or "
+        "a PIL image"
     )
 
 
@@ -250,7 +253,9 @@ def _read_file(file: Readable, name: str, limits: ImageLimits) -> bytes:
 def _decode_data_url(url: str, name: str, limits: ImageLimits) -> bytes:
     header, _, payload = url.partition(",")
     if not header.lower().endswith(";base64"):
-        raise ImageSourceError(f"{name} starts {header[:40]!r}; expected 'data:image/...;base64,' and base64 text")
+        raise ImageSourceError(
+            f"{name} starts {header[:40]!r}; expected 'data:image/...;base64,' and base64 text"
+        )
     if len(payload) * 3 // 4 > limits.max_bytes + 2:
         raise _too_many_bytes(name, limits)
     try:
@@ -278,8 +283,8 @@ def _open(encoded: bytes, name: str) -> Image.Image:
         return Image.open(io.BytesIO(encoded), formats=ALLOWED_FORMATS)
     except UnidentifiedImageError:
         raise ImageFormatError(
-            f"{name} is not recognised ({len(encoded)} bytes); expected an undamaged {', '.join(ALLOWED_FORMATS)} "
-            "file; convert it to one of these"
+            f"{name} is not recognised ({len(encoded)} bytes); expected an undamaged "
+            f"{', '.join(ALLOWED_FORMATS)} file; convert it to one of these"
         ) from None
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise ImageTooLargeError(
@@ -295,7 +300,8 @@ def _open(encoded: bytes, name: str) -> Image.Image:
 def _check_header(image: Image.Image, name: str, limits: ImageLimits) -> None:
     if image.format not in _ALLOWED_FORMAT_NAMES:
         raise ImageFormatError(
-            f"{name} is of format {image.format}; expected {', '.join(ALLOWED_FORMATS)}; convert it to one of these"
+            f"{name} is of format {image.format}; expected {', '.join(ALLOWED_FORMATS)}; convert it to one "
+            "of these"
         )
     width, height = image.size
     if height * width > limits.max_pixels:
@@ -308,8 +314,8 @@ def _check_header(image: Image.Image, name: str, limits: ImageLimits) -> None:
 def _seek(image: Image.Image, frame: int, name: str, limits: ImageLimits) -> None:
     if not 0 <= frame < limits.max_frames:
         raise ImageFrameError(
-            f"{name}: got frame={frame}; expected 0 to {limits.max_frames - 1}; raise ImageLimits.max_frames to go "
-            "further"
+            f"{name}: got frame={frame}; expected 0 to {limits.max_frames - 1}; raise ImageLimits.max_frames "
+            "to go further"
         )
     try:
         image.seek(frame)
@@ -364,7 +370,7 @@ def _to_upright_rgb(image: Image.Image) -> Image.Image:
 def _orientation(image: Image.Image) -> int:
     """EXIF orientation after decoding; 1 (upright) if absent or unreadable.
 
-    `ImageOps.exif_transpose` would also rewrite the whole EXIF block, which malformed blocks make fail or loop; only
+    `ImageOps.exif_transpose` would also rewrite the whole EXIF block, which fails on malformed ones; only
     this one tag is read here.
     """
     try:
@@ -379,7 +385,8 @@ def _to_rgb(image: Image.Image) -> Image.Image:
         return _wide_grey_to_rgb(image)
     if image.mode == "LAB":
         profiles = ImageCms.createProfile("LAB"), ImageCms.createProfile("sRGB")
-        return ImageCms.profileToProfile(image, *profiles, outputMode="RGB")
+        converter = ImageCms.buildTransform(*profiles, inMode="LAB", outMode="RGB")
+        return converter.apply(image)
     if not image.has_transparency_data:
         return image if image.mode == "RGB" else image.convert("RGB")
     if image.mode == "La":  # Pillow has no direct way from premultiplied grey.
@@ -407,7 +414,7 @@ def _to_uint8(values: np.ndarray) -> np.ndarray:
         return values.astype(np.uint8) * np.uint8(255)
     if values.dtype.kind == "u" and values.dtype.itemsize == 2:
         return _UINT16_TO_UINT8[values]
-    wide = values.astype(np.float64 if values.dtype.itemsize == 8 else np.float32)
+    wide: np.ndarray = values.astype(np.float64 if values.dtype.itemsize == 8 else np.float32)
     is_float = values.dtype.kind == "f"
     finite = wide[np.isfinite(wide)] if is_float else wide
     low, high = (float(finite.min()), float(finite.max())) if finite.size else (0.0, 0.0)
@@ -419,7 +426,6 @@ def _to_uint8(values: np.ndarray) -> np.ndarray:
         span = (0.0, 255.0)
     else:
         span = (0.0, 1.0)
-    wide -= span[0]
-    wide *= 255 / ((span[1] - span[0]) or 1.0)
-    wide = np.nan_to_num(wide, copy=False, nan=0.0, posinf=255.0, neginf=0.0)
-    return np.rint(np.clip(wide, 0, 255, out=wide)).astype(np.uint8)
+    scaled = (wide - span[0]) * (255 / ((span[1] - span[0]) or 1.0))
+    scaled = np.nan_to_num(scaled, copy=False, nan=0.0, posinf=255.0, neginf=0.0)
+    return np.rint(np.clip(scaled, 0, 255, out=scaled)).astype(np.uint8)

@@ -1,40 +1,32 @@
 """Image processor that resizes with torchvision."""
 
-from typing import Unpack
+from typing import Any
 
 import torch
 from torchvision.transforms.functional import pil_to_tensor
-from transformers import BatchFeature
 from transformers.image_processing_backends import TorchvisionBackend
 from transformers.image_utils import ChannelDimension, PILImageResampling, SizeDict
 
-from vlmslice.image_processing_base import SlicerInput, SlicingImageProcessor, VlmSliceImageProcessorKwargs
+from vlmslice.image_processing_base import SlicingImageProcessor
 from vlmslice.slicing import View
 from vlmslice.view_packing import intermediate_size
 
 
-class VlmSliceImageProcessor(SlicingImageProcessor, TorchvisionBackend):
+class VlmSliceImageProcessor(SlicingImageProcessor, TorchvisionBackend):  # type: ignore[misc]
     """Slices images by the plan and packs the views as patches, with torchvision.
 
-    See `view_packing.PackedViews` for what a call returns; `plans` holds the `SlicePlan` of each image besides.
+    A call returns what `view_packing.PackedViews` lists, and `plans`, the `SlicePlan` of each image. With
+    `device` set, the resizing runs there; the packed patches are on the CPU.
     """
 
-    def __init__(self, **kwargs: Unpack[VlmSliceImageProcessorKwargs]):
-        super().__init__(**kwargs)
-
-    def preprocess(
-        self, images: SlicerInput | list, **kwargs: Unpack[VlmSliceImageProcessorKwargs]
-    ) -> BatchFeature:
-        return super().preprocess(images, **kwargs)
-
-    def process_image(
+    def process_image(  # type: ignore[override]  # `str` devices, as `ImagesKwargs` allows
         self,
-        image: SlicerInput,
+        image: Any,
         input_data_format: str | ChannelDimension | None = None,
         device: str | torch.device | None = None,
-        **kwargs,
+        **kwargs: Any,
     ) -> torch.Tensor:
-        return pil_to_tensor(self._load_rgb(image, input_data_format)).to(device or "cpu")
+        return pil_to_tensor(self._to_rgb_image(image, input_data_format)).to(device or "cpu")
 
     def _image_size(self, image: torch.Tensor) -> tuple[int, int]:
         return image.shape[-2], image.shape[-1]
@@ -43,5 +35,5 @@ class VlmSliceImageProcessor(SlicingImageProcessor, TorchvisionBackend):
         top, left, bottom, right = view.box
         pixels = image[:, top:bottom, left:right]
         for height, width in (intermediate_size((bottom - top, right - left), view.size), view.size):
-            pixels = self.resize(pixels, SizeDict(height=height, width=width), resample=resample, antialias=True)
+            pixels = self.resize(pixels, SizeDict(height=height, width=width), resample, antialias=True)
         return pixels.permute(1, 2, 0)

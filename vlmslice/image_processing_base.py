@@ -1,32 +1,25 @@
 """What both image processors share: inputs, slicing settings, planning, and the call into `view_packing`."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import fields, replace
-from typing import Any
+from typing import Any, Unpack
 
 import numpy as np
 import torch
 from PIL import Image
 from transformers import BatchFeature
-from transformers.image_utils import (
-    ChannelDimension,
-    PILImageResampling,
-    infer_channel_dimension_format,
-    is_numpy_array,
-    is_torch_tensor,
-    validate_preprocess_arguments,
-)
+from transformers.image_processing_utils import BaseImageProcessor
+from transformers.image_utils import ChannelDimension, PILImageResampling, validate_preprocess_arguments
 from transformers.processing_utils import ImagesKwargs
 
-from vlmslice.image_loading import ImageSource, ImageSourceError, image_from_array, load_image
+from vlmslice.image_loading import ImageError, ImageSourceError, image_from_array, load_image
 from vlmslice.slicing import SlicePlan, SlicingConfig, View, plan_slices
 from vlmslice.view_packing import pack_views
 
-SlicerInput = ImageSource | np.ndarray | torch.Tensor
-
 _SLICING_FIELDS = tuple(field.name for field in fields(SlicingConfig))
-# Options of transformers' image processors that would contradict the plan.
-_SET_BY_PLAN = ("do_resize", "size", "do_center_crop", "crop_size", "do_pad", "pad_size")
+# Options that every transformers image processor has, but which could only contradict the plan here.
+_ALWAYS_ON = ("do_resize", "do_convert_rgb")
+_ALWAYS_OFF = ("size", "do_center_crop", "crop_size", "do_pad", "pad_size")
 
 
 class VlmSliceImageProcessorKwargs(ImagesKwargs, total=False):
@@ -60,19 +53,21 @@ class VlmSliceImageProcessorKwargs(ImagesKwargs, total=False):
     max_visual_tokens: int
 
 
-class SlicingImageProcessor:
-    """Mixed into a transformers backend class, which comes after it among the bases.
+class SlicingImageProcessor(BaseImageProcessor):
+    """Everything but the pixels of an image processor; placed before a transformers backend among the bases.
 
-    A backend adds `process_image`, from an input to its own form of an RGB image, and `_resize_view`.
+    A subclass adds `process_image`, from an input to the backend's form of an RGB image, `_image_size` and
+    `_resize_view`.
     """
 
     resample = PILImageResampling.BICUBIC
+    do_resize = True
+    do_convert_rgb = True
     do_rescale = True
     rescale_factor = 1 / 255
     do_normalize = True
-    image_mean = [0.5, 0.5, 0.5]
-    image_std = [0.5, 0.5, 0.5]
-    do_convert_rgb = True
+    image_mean = (0.5, 0.5, 0.5)
+    image_std = (0.5, 0.5, 0.5)
     policy = SlicingConfig.policy
     scale_resolution = SlicingConfig.scale_resolution
     overview_resolution = SlicingConfig.overview_resolution
@@ -83,6 +78,9 @@ class SlicingImageProcessor:
     max_visual_tokens = SlicingConfig.max_visual_tokens
     valid_kwargs = VlmSliceImageProcessorKwargs
     model_input_names = ["pixel_values", "target_sizes", "canvas_boxes", "num_views"]
+
+    def __init__(self, **kwargs: Unpack[VlmSliceImageProcessorKwargs]):
+        super().__init__(**kwargs)  # type: ignore[misc]  # the parent lists only the common kwargs
 
     @property
     def slicing_config(self) -> SlicingConfig:
@@ -98,60 +96,58 @@ class SlicingImageProcessor:
         """
         return plan_slices(height, width, replace(self.slicing_config, **overrides))
 
-    def fetch_images(self, images: Any) -> Any:
+    def fetch_images(self, images: Any, position: str = "images") -> Any:
         """Loads every image source in a nested list; arrays and tensors stay as they are.
 
-        transformers calls this before it counts images, so paths, bytes and URLs never reach its own loader, which
-        would fetch from the network.
+        transformers calls this before it counts images. Its own version would fetch URLs from the network.
+
+        Args:
+            images: An image source, array or tensor, or lists of them.
+            position: How an error names `images`.
+
+        Raises:
+            ImageError: An image cannot be loaded; the message starts with its place, such as `images[1][0]`.
         """
         if isinstance(images, (list, tuple)):
-            return [self.fetch_images(image) for image in images]
-        if is_numpy_array(images) or is_torch_tensor(images):
+            return [self.fetch_images(image, f"{position}[{index}]") for index, image in enumerate(images)]
+        if isinstance(images, (np.ndarray, torch.Tensor)):
             return images
-        return load_image(images)
+        try:
+            return load_image(images)
+        except ImageError as error:
+            raise type(error)(f"{position}: {error}") from error
 
     def _prepare_images_structure(self, images: Any, expected_ndims: int = 3) -> list[Any]:
-        """Flattens nested lists and batches to a list of single images."""
-        flat = list(_flatten(self.fetch_images(images)))
+        """Flattens nested lists, and arrays of more than `expected_ndims` axes, to single images."""
+        flat = list(_flatten(self.fetch_images(images), expected_ndims))
         if not flat:
             raise ImageSourceError("got no image; expected at least one; pass images=None for text alone")
         return flat
 
-    def _load_rgb(self, image: SlicerInput, input_data_format: str | ChannelDimension | None) -> Image.Image:
-        if is_torch_tensor(image):
+    def _to_rgb_image(
+        self,
+        image: Image.Image | np.ndarray | torch.Tensor,
+        input_data_format: str | ChannelDimension | None,
+    ) -> Image.Image:
+        if isinstance(image, Image.Image):
+            return load_image(image)
+        if isinstance(image, torch.Tensor):
             image = image.detach().cpu()
             image = (image.float() if image.dtype == torch.bfloat16 else image).numpy()
-        if not is_numpy_array(image):
-            return load_image(image)
-        if image.ndim == 3:
-            channels = input_data_format or infer_channel_dimension_format(image, num_channels=(1, 2, 3, 4))
-            if ChannelDimension(channels) == ChannelDimension.FIRST:
-                image = np.moveaxis(image, 0, -1)
+        if image.ndim == 3 and _is_channels_first(image.shape, input_data_format):
+            image = np.moveaxis(image, 0, -1)
         return image_from_array(image)
 
-    def _validate_preprocess_kwargs(
-        self,
-        *,
-        do_rescale: bool | None,
-        rescale_factor: float | None,
-        do_normalize: bool | None,
-        image_mean: Sequence[float] | None,
-        image_std: Sequence[float] | None,
-        **kwargs: Any,
-    ) -> None:
-        for name in _SET_BY_PLAN:
-            if kwargs[name]:
-                raise ValueError(
-                    f"got {name}={kwargs[name]}; expected no such option, since the slice plan sets all sizes; use "
-                    f"{', '.join(_SLICING_FIELDS)}"
-                )
-        validate_preprocess_arguments(
-            do_rescale=do_rescale,
-            rescale_factor=rescale_factor,
-            do_normalize=do_normalize,
-            image_mean=image_mean,
-            image_std=image_std,
-        )
+    def _validate_preprocess_kwargs(self, **kwargs: Any) -> None:  # type: ignore[override]
+        contradictions = [name for name in _ALWAYS_ON if not kwargs[name]]
+        contradictions += [name for name in _ALWAYS_OFF if kwargs[name]]
+        for name in contradictions:
+            raise ValueError(
+                f"got {name}={kwargs[name]}; expected it unset, since the slice plan sets all sizes and "
+                f"every image becomes RGB; use {', '.join(_SLICING_FIELDS)}"
+            )
+        names = ("do_rescale", "rescale_factor", "do_normalize", "image_mean", "image_std")
+        validate_preprocess_arguments(**{name: kwargs[name] for name in names})
 
     def _preprocess(
         self,
@@ -196,12 +192,17 @@ class SlicingImageProcessor:
         raise NotImplementedError
 
 
-def _flatten(images: Any) -> Any:
-    if isinstance(images, (list, tuple)):
-        for image in images:
-            yield from _flatten(image)
-    elif isinstance(images, Image.Image) or images.ndim <= 3:
+def _is_channels_first(shape: tuple[int, ...], input_data_format: str | ChannelDimension | None) -> bool:
+    """Whether `shape` has the channels in front; where both readings fit, it does, as in transformers."""
+    if input_data_format is None:
+        return shape[0] in (1, 3, 4)
+    return ChannelDimension(input_data_format) == ChannelDimension.FIRST
+
+
+def _flatten(images: Any, max_ndims: int) -> Iterator[Any]:
+    is_batch = isinstance(images, list) or (not isinstance(images, Image.Image) and images.ndim > max_ndims)
+    if not is_batch:
         yield images
-    else:
-        for image in images:
-            yield from _flatten(image)
+        return
+    for image in images:
+        yield from _flatten(image, max_ndims)

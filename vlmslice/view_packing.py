@@ -13,7 +13,7 @@ import torch
 from vlmslice.slicing import SlicePlan, View
 
 # V views of all images, T patches of the largest view rounded up, N images
-PATCH_COUNT_MULTIPLE = 16  # Every new tensor shape costs a kernel set-up on the CPU, so sequences end on a multiple.
+PATCH_COUNT_MULTIPLE = 16  # Every new tensor shape costs a kernel set-up on the CPU: use few lengths.
 
 ImageT = TypeVar("ImageT")
 
@@ -22,8 +22,9 @@ class PackedViews(TypedDict):
     """What the model takes of N images.
 
     Keys:
-        pixel_values: `[V, T, patch_size * patch_size * 3]`. A row is one view, its patches in row-major order, each
-            flattened channels last (the layout of timm's NaFlexVit); zeros from patch `height * width` on.
+        pixel_values: `[V, T, patch_size * patch_size * 3]`. A row is one view, its patches in row-major
+            order, each flattened channels last (the layout of timm's NaFlexVit); zeros from patch
+            `height * width` on.
         target_sizes: `int64[V, 2]`, the patch grid (height, width) of each view.
         canvas_boxes: `int64[V, 4]`, as in `SlicePlan.canvas_boxes`.
         num_views: `int64[N]`, the number of consecutive rows that belong to each image.
@@ -46,8 +47,8 @@ def pack_views(
 ) -> PackedViews:
     """Resizes every view of every plan and packs it as patches.
 
-    A 448x448 image cut 2x2 into slices of 224x224 px with an overview of 160x160 px gives, at 16 px per patch, five
-    rows: the overview with 100 patches, then four slices with 196, all padded to T = 208.
+    A 448x448 image cut 2x2 into slices of 224x224 px with an overview of 160x160 px gives, at 16 px per
+    patch, five rows: the overview with 100 patches, then four slices with 196, all padded to T = 208.
 
     Args:
         images: N source images, in whatever form `resize_view` takes.
@@ -79,10 +80,10 @@ def pack_views(
 def intermediate_size(source_size: tuple[int, int], size: tuple[int, int]) -> tuple[int, int]:
     """(height, width) between the two one-axis passes of a resize: the smaller of the two possible.
 
-    Pillow 13 picks the order of its passes by cost, torchvision always takes the horizontal one first. As pixels are
-    rounded and clipped in between, they would differ by up to 25 of 255 levels on noise; both back ends therefore
-    resize in two explicit steps, and differ by 2 at most. The smaller one also bounds memory: 300,000 x 2 px to
-    960 x 32 px goes through 960 x 2, not through 300,000 x 32.
+    Pillow 13 picks the order of its passes by cost, torchvision always takes the horizontal one first. As
+    pixels are rounded and clipped in between, they would differ by up to 25 of 255 levels on noise; both
+    image processors therefore resize in two explicit steps, and differ by 2 at most. The smaller one also
+    bounds memory: 300,000 x 2 px to 960 x 32 px goes through 960 x 2, not through 300,000 x 32.
     """
     source_height, source_width = source_size
     height, width = size
@@ -92,7 +93,7 @@ def intermediate_size(source_size: tuple[int, int], size: tuple[int, int]) -> tu
 
 
 def split_into_patches(pixels: torch.Tensor, patch_size: int) -> torch.Tensor:
-    """Cuts `[height, width, 3]` into `[num_patches, patch_size * patch_size * 3]`, row-major, channels last."""
+    """Cuts `[height, width, 3]` into `[num_patches, patch_size * patch_size * 3]`, rows first."""
     height, width, channels = pixels.shape
     cells = pixels.reshape(height // patch_size, patch_size, width // patch_size, patch_size, channels)
     return cells.transpose(1, 2).reshape(-1, patch_size * patch_size * channels)
