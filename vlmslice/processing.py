@@ -12,13 +12,15 @@ dropped from messages.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import fields
 from typing import Any
 
-from transformers import BatchFeature, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 from transformers.image_utils import make_flat_list_of_images
-from transformers.processing_utils import ImagesKwargs, MultiModalData, ProcessorMixin, TextKwargs
+from transformers.processing_utils import _MARKED_RE, ImagesKwargs, MultiModalData, ProcessorMixin, TextKwargs
+from transformers.utils.chat_template_utils import _get_control_token_patterns, mark_control_tokens
 
 from vlmslice.errors import VlmSliceError
 from vlmslice.slicing import SlicingConfig
@@ -59,6 +61,9 @@ class VlmSliceProcessor(ProcessorMixin):
     )
     ```
 
+    Called directly, `processor(images, text)` takes a rendered chat, in which control tokens count; text of a user
+    belongs in a message. `images` is one image, a list in the order of the placeholders, or such a list per sample.
+
     Model inputs of B samples of L ids:
 
     - `input_ids`, `attention_mask`: `int64[B, L]`, padded on the left
@@ -71,6 +76,7 @@ class VlmSliceProcessor(ProcessorMixin):
         padding=True,
         padding_side="left",
         return_tensors="pt",
+        sanitize_control_tokens=True,  # respects the marks that `apply_chat_template` sets
     )
     images_kwargs = ImagesKwargs(return_tensors="pt")
 
@@ -101,56 +107,56 @@ class VlmSliceProcessor(ProcessorMixin):
             image_processor, tokenizer, chat_template=chat_template or build_chat_template(tokenizer)
         )
 
-    def __call__(
-        self, images: Any = None, text: Any = None, *, sanitize_control_tokens: bool = True, **kwargs: Any
-    ) -> BatchFeature:
-        """Encodes text that `apply_chat_template` rendered, and the images of its placeholders.
-
-        `text` may hold control tokens, so never paste text of a user into it; put it into a message instead.
-
-        Args:
-            images: One image, a list of images in the order of their placeholders, or one such list per sample.
-            text: A rendered chat, or a list of them.
-            sanitize_control_tokens: Respect the marks that `apply_chat_template` left around control tokens that were
-                spelled in messages. This default is all that the override adds to transformers' own `__call__`.
-            **kwargs: Options of transformers' processors.
-        """
-        return super().__call__(images, text, sanitize_control_tokens=sanitize_control_tokens, **kwargs)
-
     def apply_chat_template(  # type: ignore[override]  # the rest of the options is passed on
         self,
         conversation: Any,
         chat_template: str | None = None,
+        tools: list[Any] | None = None,
+        documents: list[dict[str, str]] | None = None,
         *,
-        tokenize: bool = False,
         sanitize_control_tokens: bool = True,
+        return_assistant_tokens_mask: bool = False,
+        processor_kwargs: dict[str, Any] | None = None,
         **kwargs: Any,
     ) -> Any:
         """Renders messages, and with `tokenize=True` encodes them and their images; see transformers' method.
 
-        Control tokens spelled in messages become plain text. With `tokenize=False` the rendered string keeps the
+        Control tokens spelled in messages become plain text. Without `tokenize=True` the rendered string keeps the
         (invisible) marks around them, so that handing it to this processor later is safe too.
+
+        The marks are set here, not by transformers' own option of this name: that one leaves a control token that is
+        spelled across two text blocks, and counts `<|ima<|pad|>ge|>` as a placeholder (5.23).
 
         Args:
             conversation: The messages of one chat, or a list of chats.
             chat_template: A template to use instead of the processor's.
-            tokenize: Return ids (with `return_dict=True`: all model inputs) instead of the rendered string.
+            tools: As in transformers.
+            documents: As in transformers.
             sanitize_control_tokens: `False` lets messages write control tokens.
+            return_assistant_tokens_mask: As in transformers; not together with `sanitize_control_tokens`.
+            processor_kwargs: Options of the call on the rendered chat.
             **kwargs: Further options of transformers' method.
         """
-        if sanitize_control_tokens:
-            conversation = _join_text_blocks(conversation)
-            if not tokenize:
-                template = self._resolve_chat_template(chat_template)
-                # The list around the conversation stands for a batch; single or batched chats are marked alike.
-                [conversation], *_ = self.tokenizer._mark_chat_inputs(
-                    template, [conversation], None, None, {}, tokenize=True, assistant_mask=False
-                )
+        if not sanitize_control_tokens:
+            processor_kwargs = {**(processor_kwargs or {}), "sanitize_control_tokens": False}
+        elif return_assistant_tokens_mask:
+            raise ValueError(
+                "return_assistant_tokens_mask needs character offsets, which sanitised text has not; take the labels "
+                "of VlmSliceCollator, or pass sanitize_control_tokens=False for text that you trust"
+            )
+        else:
+            template = self._resolve_chat_template(chat_template)
+            control_tokens, _ = _get_control_token_patterns(self.tokenizer._get_control_tokens(template))
+            conversation = _mark_messages(conversation, control_tokens)
+            tools = mark_control_tokens(tools, control_tokens)
+            documents = mark_control_tokens(documents, control_tokens)
         return super().apply_chat_template(
             conversation,
             chat_template,
-            tokenize=tokenize,
-            sanitize_control_tokens=sanitize_control_tokens and tokenize,
+            tools,
+            documents,
+            return_assistant_tokens_mask=return_assistant_tokens_mask,
+            processor_kwargs=processor_kwargs,
             **kwargs,
         )
 
@@ -162,6 +168,8 @@ class VlmSliceProcessor(ProcessorMixin):
         transformers compares the sums over the batch, which lets two samples swap their images unnoticed.
         """
         if isinstance(text, list) and all(isinstance(sample, str) for sample in text):
+            # A space in place of each marked token keeps the text around it from joining into a placeholder.
+            text = [_MARKED_RE.sub(" ", sample) for sample in text]
             num_placeholders = [sample.count(IMAGE_TOKEN) for sample in text]
             num_images = _count_images(images, num_placeholders)
             for index, (expected, got) in enumerate(zip(num_placeholders, num_images, strict=True)):
@@ -215,23 +223,35 @@ class VlmSliceProcessor(ProcessorMixin):
         )
 
 
-def _join_text_blocks(conversation: Any) -> Any:
-    """Joins neighbouring text blocks, so that no control token can be spelled across two of them.
+def _mark_messages(conversation: Any, control_tokens: re.Pattern[str]) -> Any:
+    """Marks the control tokens in the text of one chat or of several; images and their paths stay as they are.
 
-    Marks are set block by block: of "<|ima" and "ge|>" neither is a control token, but rendered side by side they
-    are one.
+    Neighbouring text blocks are joined first: of "<|ima" and "ge|>" neither is a control token, but rendered side by
+    side they are one.
     """
     if not isinstance(conversation, dict):
-        return [_join_text_blocks(part) for part in getattr(conversation, "messages", conversation)]
-    if not isinstance(conversation.get("content"), (list, tuple)):
-        return conversation
+        chats = getattr(conversation, "messages", conversation)
+        return [_mark_messages(part, control_tokens) for part in chats]
+    marked = {
+        key: mark_control_tokens(value, control_tokens)
+        for key, value in conversation.items()
+        if key != "content"
+    }
+    content = conversation.get("content")
+    if not isinstance(content, (list, tuple)):
+        return {**marked, "content": mark_control_tokens(content, control_tokens)}
     blocks: list[Any] = []
-    for block in conversation["content"]:
+    for block in content:
         if blocks and _is_text(blocks[-1]) and _is_text(block):
             blocks[-1] = {"type": "text", "text": blocks[-1]["text"] + block["text"]}
         else:
             blocks.append(block)
-    return {**conversation, "content": blocks}
+    return {
+        **marked,
+        "content": [
+            mark_control_tokens(block, control_tokens) if _is_text(block) else block for block in blocks
+        ],
+    }
 
 
 def _is_text(block: Any) -> bool:
