@@ -1,0 +1,76 @@
+"""VlmSliceConfig: the one place where the parts of a model agree on their sizes."""
+
+from __future__ import annotations
+
+import difflib
+from typing import Any
+
+from huggingface_hub.dataclasses import strict
+from transformers import AutoConfig, PreTrainedConfig
+from transformers.configuration_utils import SubConfigSpec
+
+from vlmslice.slicing import SlicingConfig
+from vlmslice.vision_encoder import VlmSliceVisionConfig
+
+CONNECTORS = ("spatial_resampler", "resampler", "pixel_unshuffle")
+
+
+@strict
+class VlmSliceConfig(PreTrainedConfig):
+    """Slicing, vision encoder, connector and language model.
+
+    `slicing` holds the fields of `SlicingConfig`; the image processor is built from it, and so are the connectors,
+    so that tokens planned and tokens made cannot differ.
+
+    Attributes:
+        connector: one of `CONNECTORS`.
+        connector_heads: attention heads of the resamplers, each `connector_head_dim` wide.
+        connector_scale: root mean square of a visual token as it enters the language model. Embeddings of a language
+            model are often small; visual tokens much larger than them drown the text.
+        canvas_position: add to every visual token an embedding of its place on the whole image, so that a line of
+            text which runs on in the next slice can be followed there.
+        dense_loss_weight: weight of the dense (per-cell) loss beside the language loss in training; 0 builds no head.
+    """
+
+    model_type = "vlmslice"
+    sub_configs_defaults = {
+        "text_config": SubConfigSpec(config_class=AutoConfig, model_type="llama"),
+        "vision_config": VlmSliceVisionConfig,
+    }
+
+    vision_config: dict | PreTrainedConfig | None = None
+    text_config: dict | PreTrainedConfig | None = None
+    slicing: dict[str, Any] | None = None
+    connector: str = "spatial_resampler"
+    connector_heads: int = 8
+    connector_head_dim: int = 64
+    connector_scale: float = 0.2
+    canvas_position: bool = True
+    dense_loss_weight: float = 0.0
+    image_token_id: int = 0
+    tie_word_embeddings: bool = False
+
+    def __post_init__(self, **kwargs):
+        super().__post_init__(**kwargs)
+        self.slicing = SlicingConfig.from_dict(self.slicing or {}).to_dict()
+        if self.connector not in CONNECTORS:
+            close = difflib.get_close_matches(self.connector, CONNECTORS, 1)
+            hint = f"; did you mean {close[0]!r}?" if close else ""
+            raise ValueError(
+                f"connector is {self.connector!r}, expected one of {', '.join(CONNECTORS)}{hint}"
+            )
+        if self.slicing["patch_size"] != self.vision_config.patch_size:
+            raise ValueError(
+                f"slicing.patch_size is {self.slicing['patch_size']}, the vision encoder's is "
+                f"{self.vision_config.patch_size}; both must be the encoder's"
+            )
+        fixed = self.slicing["tokens_per_view"]
+        if (self.connector == "resampler") != (fixed is not None):
+            raise ValueError(
+                f"connector {self.connector!r} with slicing.tokens_per_view={fixed}: the resampler needs a number of "
+                "tokens per view, the other connectors give one token per block and take None"
+            )
+
+    @property
+    def slicing_config(self) -> SlicingConfig:
+        return SlicingConfig.from_dict(self.slicing)

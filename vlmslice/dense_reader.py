@@ -1,0 +1,69 @@
+"""The dense stage's model: the vision encoder with a linear head that labels every cell of every patch."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from vlmslice.data.dense import CELLS_PER_SIDE, HEADS
+from vlmslice.vision_encoder import VlmSliceVisionConfig, VlmSliceVisionEncoder
+
+# Most cells show nothing; what is there weighs more than where nothing is.
+_EMPTY_WEIGHT = 0.15
+_LOSS_WEIGHTS = {"character": 1.0, "kind": 0.3, "color": 0.3, "center": 1.0}
+
+
+class DenseHead(nn.Module):
+    """Cell labels from patch features: one linear layer for all of `HEADS`."""
+
+    def __init__(self, hidden_size: int):
+        super().__init__()
+        self.cells = CELLS_PER_SIDE**2
+        self.projection = nn.Linear(hidden_size, self.cells * sum(HEADS.values()))
+
+    def forward(self, features: torch.Tensor) -> dict[str, torch.Tensor]:
+        """Logits `[V, T, cells, classes]` by name, from features `[V, T, D]`."""
+        logits = self.projection(features).unflatten(-1, (self.cells, -1))
+        return dict(zip(HEADS, logits.split(list(HEADS.values()), dim=-1), strict=True))
+
+
+def dense_loss(
+    logits: dict[str, torch.Tensor], labels: dict[str, torch.Tensor], valid: torch.Tensor
+) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    """Weighted cross-entropy over real patches, and the share of labelled cells told right, by name.
+
+    Args:
+        logits: `[V, T, cells, classes]` by name.
+        labels: `int64[V, T, cells]` by name; 0 where nothing is.
+        valid: `bool[V, T]`, False at padding.
+    """
+    total = torch.zeros((), device=valid.device)
+    right = {}
+    for name, label in labels.items():
+        label, logit = label[valid], logits[name][valid].float()
+        weight = torch.ones(logit.shape[-1], device=logit.device)
+        weight[0] = _EMPTY_WEIGHT if name != "center" else 0.05
+        total = total + _LOSS_WEIGHTS[name] * F.cross_entropy(logit.flatten(0, 1), label.flatten(), weight)
+        with torch.no_grad():
+            present = label > 0
+            hits = (logit.argmax(-1) == label)[present]
+            right[name] = hits.float().mean() if len(hits) else torch.tensor(float("nan"))
+    return total, right
+
+
+class DenseReader(nn.Module):
+    """Encoder and head, in the form that transformers' Trainer takes."""
+
+    def __init__(self, config: VlmSliceVisionConfig):
+        super().__init__()
+        self.encoder = VlmSliceVisionEncoder(config)
+        self.head = DenseHead(config.hidden_size)
+        self.config = config
+
+    def forward(self, pixel_values: torch.Tensor, target_sizes: torch.Tensor, **labels: torch.Tensor) -> dict:
+        features, valid = self.encoder(pixel_values, target_sizes)
+        logits = self.head(features)
+        labels = {name: labels[f"label_{name}"] for name in HEADS}
+        loss, right = dense_loss(logits, labels, valid)
+        return {"loss": loss, "metrics": {f"{name}_right": value for name, value in right.items()}}

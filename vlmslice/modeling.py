@@ -1,0 +1,300 @@
+"""The model: views -> vision encoder -> connector -> placeholders of the prompt -> language model -> answer."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM, GenerationMixin, PreTrainedModel
+from transformers.modeling_outputs import BaseModelOutputWithPooling, CausalLMOutputWithPast
+
+from vlmslice.config import VlmSliceConfig
+from vlmslice.connectors import (
+    CrossAttention,
+    PixelUnshuffle,
+    Resampler,
+    TokenHead,
+    block_places,
+    build_connector,
+    query_grid,
+)
+from vlmslice.position_embedding import sincos_2d
+from vlmslice.vision_encoder import VlmSliceVisionEncoder
+
+
+@dataclass
+class VlmSliceOutput(CausalLMOutputWithPast):
+    """As `CausalLMOutputWithPast`; `metrics` holds figures of the dense loss for the training log."""
+
+    metrics: dict | None = None
+
+
+class CanvasPosition(nn.Module):
+    """Adds to every visual token where on the image it lies, and whether it comes from the overview.
+
+    The place of a token is measured in blocks of the full-detail canvas (all slices side by side), so the last token
+    of a slice's row and the first of its right neighbour's are one unit apart, as two neighbours in a slice are.
+    """
+
+    def __init__(self, config: VlmSliceConfig):
+        super().__init__()
+        self.dim = config.text_config.hidden_size // 4 * 4
+        self.projection = nn.Linear(self.dim, config.text_config.hidden_size, bias=False)
+        self.overview = nn.Parameter(torch.empty(config.text_config.hidden_size))
+        self._scale = config.connector_scale
+        self._merge_size = config.slicing["merge_size"]
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        nn.init.eye_(self.projection.weight)
+        with torch.no_grad():
+            self.projection.weight.mul_(self._scale)
+        nn.init.normal_(self.overview, std=self._scale)
+
+    def forward(
+        self,
+        cells_VQ2: torch.Tensor,
+        cell_grids_V2: torch.Tensor,
+        canvas_boxes: torch.Tensor,
+        is_overview_V: torch.Tensor,
+    ) -> torch.Tensor:
+        """`[V, Q, E]` for tokens at fractions `(cell + 0.5) / cell_grid` of their view's box on the canvas."""
+        fractions_VQ2 = (cells_VQ2 + 0.5) / cell_grids_V2[:, None]
+        origin_V12, end_V12 = canvas_boxes[:, None, :2], canvas_boxes[:, None, 2:]
+        places_VQ2 = (origin_V12 + fractions_VQ2 * (end_V12 - origin_V12)) / self._merge_size
+        embedding = sincos_2d(places_VQ2, self.dim, longest=400.0).to(self.projection.weight.dtype)
+        return self.projection(embedding) + is_overview_V[:, None, None] * self.overview
+
+
+class VlmSlicePreTrainedModel(PreTrainedModel):
+    config_class = VlmSliceConfig
+    base_model_prefix = ""
+    main_input_name = "input_ids"
+    input_modalities = ("image", "text")
+    supports_gradient_checkpointing = True
+    _supports_sdpa = True
+    _supports_flash_attn = True
+    _supports_attention_backend = True
+    _skip_keys_device_placement = ["past_key_values"]
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        # timm initialises its ViT, transformers the language model; only our own modules are left.
+        if isinstance(module, (CrossAttention, TokenHead, PixelUnshuffle, Resampler, CanvasPosition)):
+            module.reset_parameters()
+
+
+class VlmSliceForConditionalGeneration(VlmSlicePreTrainedModel, GenerationMixin):
+    """A high-resolution vision-language model with adaptive slicing.
+
+    The forward pass:
+
+    1. All views of the batch go through the vision encoder at once, each with its own patch grid.
+    2. The connector turns the patches of a view into its visual tokens.
+    3. A canvas position is added to each token, so that the language model knows where on the image it lies.
+    4. Token i replaces the i-th placeholder of the prompt, and the language model runs as on text.
+    """
+
+    def __init__(self, config: VlmSliceConfig):
+        super().__init__(config)
+        self.vision_encoder = VlmSliceVisionEncoder(config.vision_config)
+        self.connector = build_connector(config)
+        self.canvas_position = CanvasPosition(config) if config.canvas_position else None
+        self.language_model = AutoModelForCausalLM.from_config(config.text_config)
+        self.dense_head = None
+        if config.dense_loss_weight:
+            from vlmslice.dense_reader import DenseHead
+
+            self.dense_head = DenseHead(config.vision_config.hidden_size)
+        self.post_init()
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.language_model.get_input_embeddings()
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        self.language_model.set_input_embeddings(value)
+
+    def get_output_embeddings(self) -> nn.Module:
+        return self.language_model.get_output_embeddings()
+
+    def set_output_embeddings(self, value: nn.Module) -> None:
+        self.language_model.set_output_embeddings(value)
+
+    def get_image_features(
+        self,
+        pixel_values: torch.Tensor,
+        target_sizes: torch.Tensor,
+        canvas_boxes: torch.Tensor,
+        num_views: torch.Tensor,
+    ) -> BaseModelOutputWithPooling:
+        """Visual tokens of all views.
+
+        Args:
+            pixel_values: `[V, T, patch_dim]` packed patches.
+            target_sizes: `int64[V, 2]` patch grids.
+            canvas_boxes: `int64[V, 4]` place of each view on the full-detail canvas, in patches.
+            num_views: `int64[N]` views of each image.
+
+        Returns:
+            `pooler_output`: one `[tokens, E]` tensor per image, in order. `last_hidden_state`: patch features
+            `[V, T, D]`.
+
+        Raises:
+            ValueError: the views do not add up to the images'.
+        """
+        if int(num_views.sum()) != pixel_values.shape[0]:
+            raise ValueError(
+                f"num_views adds up to {int(num_views.sum())} views but pixel_values holds {pixel_values.shape[0]}; "
+                "pass the output of one VlmSliceProcessor call unchanged"
+            )
+        features_VTD, valid_VT = self.vision_encoder(pixel_values, target_sizes)
+        tokens_VQE, valid_VQ = self.connector(features_VTD, valid_VT, target_sizes)
+        if self.canvas_position is not None:
+            cells_VQ2, grids_V2 = self._token_cells(target_sizes)
+            tokens_VQE = tokens_VQE + self.canvas_position(
+                cells_VQ2, grids_V2, canvas_boxes, _is_overview(num_views)
+            )
+        tokens_per_view = valid_VQ.sum(dim=1)
+        starts = num_views.cumsum(0) - num_views
+        tokens_per_image = [
+            int(tokens_per_view[s : s + n].sum())
+            for s, n in zip(starts.tolist(), num_views.tolist(), strict=True)
+        ]
+        return BaseModelOutputWithPooling(
+            last_hidden_state=features_VTD, pooler_output=tokens_VQE[valid_VQ].split(tokens_per_image)
+        )
+
+    def _token_cells(self, target_sizes: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Row and column of each visual token in its view's grid of tokens, and the shape of that grid."""
+        num_queries = self.config.slicing["tokens_per_view"]
+        if num_queries is None:
+            merge_size = self.config.slicing["merge_size"]
+            return block_places(target_sizes, merge_size)[0], target_sizes // merge_size
+        rows, cols = query_grid(num_queries)
+        index = torch.arange(num_queries, device=target_sizes.device)
+        cells_Q2 = torch.stack([index // cols, index % cols], dim=-1)
+        return cells_Q2.expand(len(target_sizes), -1, -1), target_sizes.new_tensor([rows, cols]).expand_as(
+            target_sizes
+        )
+
+    def get_placeholder_mask(self, input_ids: torch.Tensor, tokens_per_image: list[int]) -> torch.Tensor:
+        """True at the placeholders, after checking every sample's count against its images.
+
+        Raises:
+            ValueError: the placeholders of some sample are not those of a whole number of images in order; a sum over
+                the batch would miss two samples whose counts are swapped.
+        """
+        mask = input_ids == self.config.image_token_id
+        remaining = list(tokens_per_image)
+        for sample, count in enumerate(mask.sum(dim=1).tolist()):
+            taken = 0
+            while remaining and taken < count:
+                taken += remaining.pop(0)
+            if taken != count:
+                raise ValueError(
+                    f"sample {sample} has {count} placeholders in its prompt but its images give {taken} visual "
+                    "tokens; build both with one VlmSliceProcessor call and keep images in the order of the prompts"
+                )
+        if remaining:
+            raise ValueError(
+                f"{len(remaining)} images ({sum(remaining)} visual tokens) are left over after the last sample's "
+                "placeholders; build prompts and images with one VlmSliceProcessor call"
+            )
+        return mask
+
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        pixel_values: torch.Tensor | None = None,
+        target_sizes: torch.LongTensor | None = None,
+        canvas_boxes: torch.LongTensor | None = None,
+        num_views: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values=None,
+        inputs_embeds: torch.Tensor | None = None,
+        labels: torch.LongTensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | torch.Tensor = 0,
+        **kwargs,
+    ) -> VlmSliceOutput:
+        """Runs the model on token ids and the views of their images; see `get_image_features` for the shapes.
+
+        With `labels` the language loss is returned; with `label_NAME` arguments (cells, see `data.dense`) and a dense
+        head the dense loss is added to it.
+        """
+        dense_labels = {
+            k.removeprefix("label_"): kwargs.pop(k) for k in list(kwargs) if k.startswith("label_")
+        }
+        image_outputs = None
+        if inputs_embeds is None:
+            inputs_embeds = self.get_input_embeddings()(input_ids)
+        if pixel_values is not None:
+            image_outputs = self.get_image_features(pixel_values, target_sizes, canvas_boxes, num_views)
+            mask = self.get_placeholder_mask(input_ids, [len(t) for t in image_outputs.pooler_output])
+            tokens = torch.cat(image_outputs.pooler_output).to(inputs_embeds.dtype)
+            inputs_embeds = inputs_embeds.masked_scatter(mask.unsqueeze(-1), tokens)
+        outputs = self.language_model(
+            inputs_embeds=inputs_embeds,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            use_cache=use_cache,
+            logits_to_keep=logits_to_keep,
+            **kwargs,
+        )
+        loss, metrics = None, None
+        if labels is not None:
+            loss = self.loss_function(
+                logits=outputs.logits, labels=labels, vocab_size=self.config.text_config.vocab_size, **kwargs
+            )
+            metrics = {"language_loss": loss.detach()}
+            if self.dense_head is not None and dense_labels and image_outputs is not None:
+                from vlmslice.dense_reader import dense_loss
+
+                features = image_outputs.last_hidden_state
+                valid = torch.arange(features.shape[1], device=features.device) < target_sizes.prod(
+                    1, keepdim=True
+                )
+                dense, right = dense_loss(self.dense_head(features), dense_labels, valid)
+                loss = loss + self.config.dense_loss_weight * dense
+                metrics |= {f"{name}_right": value for name, value in right.items()}
+        return VlmSliceOutput(
+            loss=loss,
+            logits=outputs.logits,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+            metrics=metrics,
+        )
+
+    def prepare_inputs_for_generation(
+        self,
+        input_ids,
+        pixel_values=None,
+        target_sizes=None,
+        canvas_boxes=None,
+        num_views=None,
+        is_first_iteration=False,
+        **kwargs,
+    ):
+        model_inputs = super().prepare_inputs_for_generation(
+            input_ids, is_first_iteration=is_first_iteration, **kwargs
+        )
+        # The cache holds the visual tokens after the first step; without a cache they are needed at every step.
+        if is_first_iteration or not kwargs.get("use_cache", True):
+            model_inputs |= {
+                "pixel_values": pixel_values,
+                "target_sizes": target_sizes,
+                "canvas_boxes": canvas_boxes,
+                "num_views": num_views,
+            }
+        return model_inputs
+
+
+def _is_overview(num_views: torch.Tensor) -> torch.Tensor:
+    """`bool[V]`: True for the first view of every image that has more than one."""
+    first = torch.zeros(int(num_views.sum()), dtype=torch.bool, device=num_views.device)
+    first[(num_views.cumsum(0) - num_views)[num_views > 1]] = True
+    return first
