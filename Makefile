@@ -1,0 +1,35 @@
+# Both targets make their own environment in .venv on the first run (two to three minutes, most of it torch) and
+# reuse it from then on. Needed: Python 3.11 or later with venv, and a package index.
+#
+#     make demo     ask the bundled model about an image; the slice picture goes to demo-output/
+#     make test     style, types and tests
+#     make clean    remove .venv and demo-output
+#
+# Another Python: make test PYTHON=/path/to/python
+
+VENV := .venv
+PIP := $(VENV)/bin/python -m pip --disable-pip-version-check install --quiet
+
+.PHONY: demo test clean
+
+demo: $(VENV)/installed-package
+	@mkdir -p demo-output
+	$(VENV)/bin/vlmslice ask demos/images/receipt_line.png "What does the image say?" --show-slices demo-output/slices.png
+
+test: $(VENV)/installed-dev
+	scripts/check
+	scripts/test
+
+clean:
+	rm -rf $(VENV) demo-output
+
+$(VENV)/bin/python:
+	scripts/make_venv $(VENV) $(PYTHON)
+
+$(VENV)/installed-package: pyproject.toml | $(VENV)/bin/python
+	$(PIP) --editable .
+	@touch $@
+
+$(VENV)/installed-dev: pyproject.toml | $(VENV)/bin/python
+	$(PIP) --editable ".[train,demo,dev]"
+	@touch $@ $(VENV)/installed-package
