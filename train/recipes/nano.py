@@ -1,0 +1,176 @@
+"""The bundled model: about 10M parameters, trained from scratch on rendered pictures on two CPU cores."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+from transformers import LlamaConfig
+
+from vlmslice import VlmSliceConfig, VlmSliceForConditionalGeneration, VlmSliceImageProcessorPil, VlmSliceProcessor
+from vlmslice.data.dense import DenseCropConfig, DenseCropDataset, collate_crops
+from vlmslice.data.fonts import FontLibrary
+from vlmslice.data.task_collator import TaskCollator
+from vlmslice.data.tasks import Curriculum, TaskConfig, TaskDataset
+from vlmslice.dense_reader import DenseReader
+from vlmslice.slicing import SlicingConfig
+from vlmslice.tokenization import build_byte_tokenizer
+from vlmslice.training import Stage
+from vlmslice.vision_encoder import VlmSliceVisionConfig
+
+SLICING = SlicingConfig(overview_resolution=160)
+
+VISION = {
+    "hidden_size": 256,
+    "stem": "pyramid",
+    "timm_kwargs": {
+        "depth": 6,
+        "num_heads": 4,
+        "global_pool": "",
+        "class_token": False,
+        "pos_embed_grid_size": (14, 14),
+    },
+}
+
+
+def build_processor() -> VlmSliceProcessor:
+    return VlmSliceProcessor(VlmSliceImageProcessorPil(**SLICING.to_dict()), build_byte_tokenizer())
+
+
+def build_config(processor: VlmSliceProcessor, connector: str = "spatial_resampler") -> VlmSliceConfig:
+    tokenizer = processor.tokenizer
+    text_config = LlamaConfig(
+        hidden_size=256,
+        intermediate_size=704,
+        num_hidden_layers=6,
+        num_attention_heads=4,
+        num_key_value_heads=4,
+        vocab_size=len(tokenizer),
+        max_position_embeddings=8192,
+        initializer_range=0.04,
+        tie_word_embeddings=True,
+        bos_token_id=None,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    return VlmSliceConfig(
+        vision_config=VlmSliceVisionConfig(**VISION),
+        text_config=text_config,
+        slicing=SLICING.to_dict(),
+        connector=connector,
+        dense_loss_weight=0.3,
+        image_token_id=processor.image_token_id,
+    )
+
+
+def _build_eye(previous: Path | None) -> nn.Module:
+    torch.manual_seed(0)
+    return DenseReader(VlmSliceVisionConfig(**VISION))
+
+
+def _save_eye(model: nn.Module, folder: Path) -> None:
+    save_file(model.state_dict(), folder / "model.safetensors")
+
+
+def _build_reader(previous: Path | None, connector: str = "spatial_resampler") -> nn.Module:
+    """The whole model, its encoder and dense head taken over from the stage before."""
+    torch.manual_seed(1)
+    config = build_config(build_processor(), connector)
+    model = VlmSliceForConditionalGeneration(config)
+    model.set_attn_implementation({"text_config": "eager"})
+    if previous is not None:
+        weights = load_file(previous / "model.safetensors")
+        for module, prefix in ((model.vision_encoder, "encoder."), (model.dense_head, "head.")):
+            module.load_state_dict({k.removeprefix(prefix): v for k, v in weights.items() if k.startswith(prefix)})
+    return model
+
+
+def _save_reader(model: nn.Module, folder: Path) -> None:
+    """Weights in bf16 with everything that `from_pretrained` needs; the dense head stays out."""
+    processor = build_processor()
+    model.generation_config.eos_token_id = processor.tokenizer.eos_token_id
+    model.generation_config.pad_token_id = processor.tokenizer.pad_token_id
+    model.config.dense_loss_weight = 0.0
+    model.dense_head = None
+    model.to(torch.bfloat16).save_pretrained(folder)
+    processor.save_pretrained(folder)
+
+
+_COMMON = {
+    "bf16": True,
+    "use_cpu": True,
+    "optim": "adamw_torch_fused",
+    "weight_decay": 0.05,
+    "max_grad_norm": 1.0,
+    "per_device_train_batch_size": 16,
+    "train_sampling_strategy": "sequential",  # the curricula lie in the order of the samples
+    "logging_steps": 100,
+    "save_steps": 500,
+    "save_total_limit": 2,
+    "seed": 0,
+}
+
+CURRICULUM = [
+    Curriculum(
+        40_000,
+        TaskConfig(megapixels=(0.008, 0.04), num_words=(1, 1), max_characters=8, font_px=(14, 40), max_count=4),
+        {"read": 0.8, "count": 0.2},
+    ),
+    Curriculum(
+        90_000,
+        TaskConfig(megapixels=(0.01, 0.12), num_words=(1, 3), max_characters=24, font_px=(14, 60)),
+        {"read": 0.65, "count": 0.35},
+    ),
+    Curriculum(
+        200_000,
+        TaskConfig(megapixels=(0.03, 0.5), num_words=(1, 6)),
+        {"read": 0.6, "count": 0.3, "chart": 0.1},
+    ),
+    Curriculum(
+        260_000,
+        TaskConfig(megapixels=(0.05, 2.5), num_words=(1, 6)),
+        {"read": 0.6, "count": 0.3, "chart": 0.1},
+    ),
+]
+
+
+def nano() -> list[Stage]:
+    """Teaches the eye densely, then connects it to a byte-level language model.
+
+    Command: `python train/train.py --recipe nano --output-dir runs/nano`
+    Hardware: two CPU cores, 6 GB. Time and expected figures: docs/report-card.md.
+    """
+    fonts = FontLibrary("train")
+    eye = Stage(
+        name="eye",
+        model=_build_eye,
+        dataset=DenseCropDataset(DenseCropConfig(), fonts),
+        collator=collate_crops,
+        arguments=_COMMON
+        | {
+            "learning_rate": 1.5e-3,
+            "lr_scheduler_type": "constant_with_warmup",
+            "warmup_steps": 200,
+            "max_steps": 10_000,
+        },
+        save=_save_eye,
+    )
+    read = Stage(
+        name="read",
+        model=_build_reader,
+        dataset=TaskDataset(CURRICULUM, fonts),
+        collator=TaskCollator(build_processor()),
+        arguments=_COMMON
+        | {
+            "learning_rate": 1e-3,
+            "lr_scheduler_type": "warmup_stable_decay",
+            "lr_scheduler_kwargs": {"num_decay_steps": 3_000},
+            "warmup_steps": 200,
+            "max_steps": CURRICULUM[-1].until // 16,
+        },
+        save=_save_reader,
+        learning_rates={"vision_encoder.": 0.5},
+    )
+    return [eye, read]

@@ -1,0 +1,238 @@
+"""Questions about rendered pictures: read a line, count shapes, read a bar chart.
+
+Every task is a function from a random source and a `TaskConfig` to a `TaskSample`; `TaskDataset` mixes them by weight.
+Sample i of a seed is always the same.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+
+from PIL import ImageDraw
+from torch.utils.data import Dataset
+
+from vlmslice.data.charts import chart_scene, chart_question
+from vlmslice.data.fonts import FontLibrary, load_font
+from vlmslice.data.scenes import (
+    Scene,
+    add_camera_effects,
+    draw_line,
+    ink_and_paper,
+    line_size,
+    paper_image,
+    sample_rng,
+)
+from vlmslice.data.shapes import KINDS, scatter_shapes, visible_colors
+from vlmslice.data.text import random_words
+
+READ_QUESTIONS = (
+    "Read the text.",
+    "What does the text say?",
+    "What is written in the image?",
+    "Transcribe the text in this picture.",
+    "Which words are shown?",
+    "Read this.",
+)
+
+COUNT_QUESTIONS = (
+    "How many {things} are there?",
+    "How many {things} do you see?",
+    "Count the {things}.",
+    "What is the number of {things} in the image?",
+)
+
+
+@dataclass(frozen=True)
+class TaskConfig:
+    """Difficulty, the same for all tasks.
+
+    Attributes:
+        megapixels: smallest and largest area of a picture; drawn evenly in the logarithm.
+        max_aspect: longest to shortest side at most.
+        num_words: fewest and most words of a line.
+        max_characters: lines are cut to whole words within this length (at least one word).
+        font_px: smallest and largest font size, px per em, before the line is made to fit.
+        max_count: largest count of shapes.
+        split: "train" or "eval": which words are used.
+    """
+
+    megapixels: tuple[float, float] = (0.05, 4.0)
+    max_aspect: float = 3.0
+    num_words: tuple[int, int] = (1, 6)
+    max_characters: int = 60
+    font_px: tuple[float, float] = (14.0, 90.0)
+    max_count: int = 10
+    split: str = "train"
+
+
+@dataclass
+class TaskSample:
+    task: str
+    scene: Scene
+    question: str
+    answer: str
+
+    @property
+    def messages(self) -> list[dict]:
+        """The sample as a conversation with one image."""
+        content = [{"type": "image"}, {"type": "text", "text": self.question}]
+        return [{"role": "user", "content": content}, {"role": "assistant", "content": self.answer}]
+
+
+def picture_size(rng: random.Random, config: TaskConfig) -> tuple[int, int]:
+    """Height and width, even in the logarithm of area and of aspect ratio."""
+    low, high = config.megapixels
+    area = 1e6 * math.exp(rng.uniform(math.log(low), math.log(high)))
+    aspect = math.exp(rng.uniform(-1, 1) * math.log(config.max_aspect))
+    return max(32, round(math.sqrt(area / aspect))), max(32, round(math.sqrt(area * aspect)))
+
+
+def read_line(rng: random.Random, config: TaskConfig, fonts: FontLibrary) -> TaskSample:
+    """One line of text anywhere on the picture; the answer is the text."""
+    height, width = picture_size(rng, config)
+    words = random_words(rng, rng.randint(*config.num_words), config.split).split()
+    while len(words) > 1 and len(" ".join(words)) > config.max_characters:
+        words.pop()
+    low, high = config.font_px
+    size = math.exp(rng.uniform(math.log(low), math.log(high)))
+    font = fonts.draw(rng, round(size))
+    # What does not fit loses size first and, at the smallest size, words.
+    while True:
+        text = " ".join(words)
+        line_height, line_width = line_size(font, text)
+        room = min(0.96 * width / line_width, 0.96 * height / line_height)
+        if room >= 1 or (len(words) == 1 and size <= low):
+            break
+        if size * room >= low or len(words) == 1:
+            size = max(low, size * room)
+            font = load_font(str(font.path), int(size))
+            if size <= low and len(words) == 1:
+                break
+        else:
+            words.pop()
+    line_height, line_width = line_size(font, text)
+    ink, paper = ink_and_paper(rng)
+    image = paper_image(rng, height, width, paper)
+    top = rng.uniform(0, max(0, height - line_height))
+    left = rng.uniform(0, max(0, width - line_width))
+    glyphs = draw_line(ImageDraw.Draw(image), text, font, top, left, ink)
+    scene = Scene(add_camera_effects(rng, image), glyphs)
+    return TaskSample("read", scene, rng.choice(READ_QUESTIONS), text)
+
+
+def count_shapes(rng: random.Random, config: TaskConfig, fonts: FontLibrary) -> TaskSample:
+    """Shapes of one or several kinds and colours; the question asks for all, one kind, one colour, or both."""
+    height, width = picture_size(rng, config)
+    _, paper = ink_and_paper(rng)
+    image = paper_image(rng, height, width, paper)
+    colors = visible_colors(paper)
+    count = rng.randint(1, config.max_count)
+    asked_kind, asked_color = rng.choice(KINDS), rng.choice(colors)
+    form = rng.choice(("all", "kind", "color", "both"))
+    side = min(height, width)
+    # The most shapes that may come must fit without a hopeless search: they cover a sixth of the picture at most.
+    num_others = 0 if form == "all" else rng.randint(0, 5)
+    fitting = math.sqrt(height * width / (6 * math.pi * (count + num_others)))
+    largest = min(fitting, side / 4, 160.0)
+    smallest = min(max(9.0, 0.012 * side), largest)
+    base = math.exp(rng.uniform(math.log(smallest), math.log(largest)))
+    radii = (0.8 * base, min(largest, 1.25 * base))
+    if form == "all":
+        one = rng.random() < 0.5
+        wanted = [(asked_kind, asked_color) if one else (rng.choice(KINDS), rng.choice(colors)) for _ in range(count)]
+        things = "shapes" if not one or rng.random() < 0.5 else plural(asked_kind)
+    elif form == "kind":
+        wanted = [(asked_kind, rng.choice(colors)) for _ in range(count)]
+        wanted += [(_other(rng, KINDS, asked_kind), rng.choice(colors)) for _ in range(num_others)]
+        things = plural(asked_kind)
+    elif form == "color":
+        wanted = [(rng.choice(KINDS), asked_color) for _ in range(count)]
+        wanted += [(rng.choice(KINDS), _other(rng, colors, asked_color)) for _ in range(num_others)]
+        things = f"{asked_color} shapes"
+    else:
+        wanted = [(asked_kind, asked_color)] * count
+        for _ in range(num_others):
+            same_kind = rng.random() < 0.5
+            kind = asked_kind if same_kind else _other(rng, KINDS, asked_kind)
+            wanted.append((kind, _other(rng, colors, asked_color) if same_kind else rng.choice(colors)))
+        things = f"{asked_color} {plural(asked_kind)}"
+    placed = scatter_shapes(rng, image, wanted, radii)
+    # A shape that found no room is not there: the answer counts what was drawn.
+    answer = sum(_matches(shape.kind, shape.color, form, asked_kind, asked_color, things) for shape in placed)
+    scene = Scene(add_camera_effects(rng, image), shapes=placed)
+    return TaskSample("count", scene, rng.choice(COUNT_QUESTIONS).format(things=things), str(answer))
+
+
+def plural(kind: str) -> str:
+    """circle -> circles, cross -> crosses."""
+    return kind + ("es" if kind.endswith("s") else "s")
+
+
+def _other(rng: random.Random, options, taken: str) -> str:
+    return rng.choice([o for o in options if o != taken])
+
+
+def _matches(kind: str, color: str, form: str, asked_kind: str, asked_color: str, things: str) -> bool:
+    if form == "all":
+        return things == "shapes" or kind == asked_kind
+    return (form == "color" or kind == asked_kind) and (form == "kind" or color == asked_color)
+
+
+def read_chart(rng: random.Random, config: TaskConfig, fonts: FontLibrary) -> TaskSample:
+    """A bar chart with labelled bars; see `charts`."""
+    height, width = picture_size(rng, replace(config, max_aspect=min(1.8, config.max_aspect)))
+    scene, chart = chart_scene(rng, fonts, height, width, config.split)
+    question, answer = chart_question(rng, chart)
+    return TaskSample("chart", scene, question, answer)
+
+
+Task = Callable[[random.Random, TaskConfig, FontLibrary], TaskSample]
+
+TASKS: dict[str, Task] = {"read": read_line, "count": count_shapes, "chart": read_chart}
+
+
+@dataclass(frozen=True)
+class Curriculum:
+    """What is drawn up to which sample.
+
+    Attributes:
+        until: sample index at which the next step begins.
+        config: difficulty.
+        weights: task name -> share.
+    """
+
+    until: int
+    config: TaskConfig
+    weights: dict[str, float] = field(default_factory=lambda: {"read": 1.0})
+
+
+class TaskDataset(Dataset):
+    """Rendered samples that grow harder with the index.
+
+    Batches of `group` consecutive samples share a band of picture areas (an eighth of the range in the logarithm), so
+    that little is padded.
+    """
+
+    def __init__(
+        self, steps: list[Curriculum], fonts: FontLibrary, seed: int = 0, group: int = 16, name: str = "task"
+    ):
+        self.steps, self.fonts, self.seed, self.group, self.name = steps, fonts, seed, group, name
+
+    def __len__(self) -> int:
+        return self.steps[-1].until
+
+    def __getitem__(self, index: int) -> TaskSample:
+        step = next((s for s in self.steps if index < s.until), None)
+        if step is None:
+            raise IndexError(f"sample {index} of {len(self)}")
+        low, high = (math.log(a) for a in step.config.megapixels)
+        band = sample_rng(self.seed, f"{self.name}-band", index // self.group).random() * 7 / 8
+        start = low + band * (high - low)
+        config = replace(step.config, megapixels=(math.exp(start), math.exp(start + (high - low) / 8)))
+        rng = sample_rng(self.seed, self.name, index)
+        task = rng.choices(list(step.weights), list(step.weights.values()))[0]
+        return TASKS[task](rng, config, self.fonts)
+
