@@ -1,0 +1,317 @@
+"""The slicing policies: how the grid and the sizes of views follow from the size of an image.
+
+`adaptive` is ours; `uhd` and `minicpm` are the published rules, kept exact for comparison. A policy is a
+function of `(height, width, config)` that returns a `Layout`; `vlmslice.slicing` defines the words and turns
+a layout into a plan. Sides of views are counted in whole *blocks*, which are `merge_size` patches a side.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from functools import lru_cache
+from typing import TYPE_CHECKING, NamedTuple
+
+if TYPE_CHECKING:
+    from vlmslice.slicing import SlicingConfig
+
+# Weights of the score of a grid, beside the squared logarithm of its aspect ratio; see `_best_grid`. With
+# lost detail at nine times the weight of unused area, a square image is first cut, 2 x 2, at about sqrt(2)
+# times the area that one view holds.
+_UNUSED_AREA_WEIGHT = 1 / 3
+_LOST_DETAIL_WEIGHT = 3.0
+_MISFIT_WEIGHT = 10.0
+
+# Weights of the misfit of a view, beside its squared distortion; see `_fit_blocks`. Detail counts for less
+# where the budget has taken some of it already.
+_AREA_LOST_WEIGHT = 0.5
+_AREA_LOST_WEIGHT_IN_BUDGET = 0.2
+_AREA_GAINED_WEIGHT = 0.05
+_SEARCH_RADIUS = 3  # blocks tried on each side of the undistorted height
+
+
+class Layout(NamedTuple):
+    """What a policy decides. The grid is `(rows, cols)`, the others are patch grids `(height, width)`."""
+
+    grid: tuple[int, int]
+    slice_patches: tuple[int, int]
+    overview_patches: tuple[int, int] | None
+    reason: str
+
+
+# --- adaptive ------------------------------------------------------------------------------------------------
+
+
+def _plan_adaptive(height: int, width: int, config: SlicingConfig) -> Layout:
+    """Our policy: one score over every grid.
+
+    Portrait images are planned as their transpose, which is why transposing an image transposes its plan
+    exactly; a square one gets a square grid of square patch grids, the only plan that is its own transpose.
+    """
+    if height > width:
+        (rows, cols), (high, wide), overview, reason = _plan_adaptive(width, height, config)
+        return Layout((cols, rows), (wide, high), overview and (overview[1], overview[0]), reason)
+
+    whole = _allowed_grids(config)[0]
+    whole_fits = height * width <= whole.max_blocks * config.block_size**2 and width <= 2 * height
+    if whole_fits:  # cutting would gain nothing, and cost an overview
+        grid, blocks = whole, _fit_blocks(height, width, whole, config.block_size).blocks
+        notes = ["one view holds the whole image"]
+    else:
+        grid, blocks = _best_grid(height, width, config)
+        aspect = width * grid.rows / (height * grid.cols)
+        notes = [f"best score of slice aspect ratio ({_ratio(aspect)}), area and fit to whole blocks"]
+        if not 0.5 <= aspect <= 2:
+            notes.append("no allowed grid has slices within 1:2, this is the nearest")
+
+    num_slices, num_blocks = grid.rows * grid.cols, blocks[0] * blocks[1]
+    overview = None
+    if num_slices > 1:
+        room = _Grid(1, 1, _overview_budget(num_slices * num_blocks, config))
+        overview = _to_patches(_fit_blocks(height, width, room, config.block_size).blocks, config)
+
+    distortion = (width * grid.rows * blocks[0]) / (height * grid.cols * blocks[1])
+    if max(distortion, 1 / distortion) > 1.25:
+        notes.append(f"whole blocks distort by {_ratio(distortion)}")
+    kept = num_slices * num_blocks * config.block_size**2 / (height * width)
+    if kept < 0.75:
+        notes.append(f"{kept:.0%} of the pixels kept")
+    return Layout((grid.rows, grid.cols), _to_patches(blocks, config), overview, "; ".join(notes))
+
+
+class _Grid(NamedTuple):
+    rows: int
+    cols: int
+    max_blocks: int  # of each slice
+
+
+@lru_cache(maxsize=256)
+def _allowed_grids(config: SlicingConfig) -> tuple[_Grid, ...]:
+    """Every grid that `max_slice_nums` and `max_visual_tokens` allow, fewest slices first."""
+    return tuple(
+        _Grid(rows, num_slices // rows, max_blocks)
+        for num_slices in range(1, config.max_slice_nums + 1)
+        if (max_blocks := _slice_budget(num_slices, config)) > 0
+        for rows in range(1, num_slices + 1)
+        if num_slices % rows == 0
+    )
+
+
+def _overview_budget(num_slice_blocks: int, config: SlicingConfig) -> int:
+    """Most blocks of the overview of slices that have so many in all.
+
+    At most a quarter of the slices: a larger one would repeat what they show. This also removes the cost
+    cliff of the first cut: one view of 49 blocks gives way to, say, two slices of 25 and an overview of 12.
+    """
+    return min(config.max_blocks_per_overview, max(num_slice_blocks // 4, 1))
+
+
+def _slice_budget(num_slices: int, config: SlicingConfig) -> int:
+    """Most blocks of each of so many slices under `max_visual_tokens`; 0 if that cannot pay for them."""
+    tokens = config.max_visual_tokens
+    if config.tokens_per_view is not None:
+        num_views = num_slices + (num_slices > 1)
+        return config.max_blocks_per_slice if num_views * config.tokens_per_view <= tokens else 0
+    if num_slices == 1:
+        return min(config.max_blocks_per_slice, tokens)
+    # Both bounds of `_overview_budget` hold, so the more generous of what they leave is safe.
+    affordable = max((tokens - config.max_blocks_per_overview) // num_slices, 4 * tokens // (5 * num_slices))
+    return min(config.max_blocks_per_slice, affordable)
+
+
+def _best_grid(height: int, width: int, config: SlicingConfig) -> tuple[_Grid, tuple[int, int]]:
+    """The grid of least score, and the blocks of its slices.
+
+    Only grids with slices within 1:2 compete, or those nearest to that if there are none.
+
+    The score is a squared distance, in logarithms, from a full view of aspect ratio 1 that loses nothing:
+    `log(aspect)^2 + 1/3 log(unused)^2 + 3 log(lost)^2`, and ten times the misfit of `_fit_blocks`. For 448 x
+    672 px at `scale_resolution` 448, the grid (1, 1) has the aspect ratio 1.5 and 1.5 times the pixels that
+    it can hold, 0.16 + 3 * 0.16 = 0.66; (1, 2) has 0.75 and uses three quarters, 0.08 + 0.08 / 3 = 0.11, and
+    wins; neither has a misfit worth mentioning.
+
+    Quotients are of whole numbers, the larger above, so that equal scores are equal bit for bit; a tie goes
+    to fewer slices, then to fewer rows.
+    """
+    grids = []
+    for grid in _allowed_grids(config):
+        if grid.rows <= height and grid.cols <= width and (height != width or grid.rows == grid.cols):
+            across, down = width * grid.rows, height * grid.cols
+            grids.append((across / down if across >= down else down / across, grid))
+    most_elongated = max(2.0, min(elongation for elongation, _ in grids))
+    grids = [(elongation, grid) for elongation, grid in grids if elongation <= most_elongated]
+
+    block_pixels = config.block_size**2
+    # Detail that none of them could keep must not drown the aspect ratio.
+    keepable = max(grid.rows * grid.cols * grid.max_blocks for _, grid in grids) * block_pixels
+    pixels = min(height * width, keepable)
+    ranked = []
+    for elongation, grid in grids:
+        num_slices = grid.rows * grid.cols
+        room = num_slices * grid.max_blocks * block_pixels
+        lost = math.log(pixels / room) if pixels > room else 0.0
+        unused = math.log(num_slices * config.max_blocks_per_slice * block_pixels / min(pixels, room))
+        score = math.log(elongation) ** 2 + _UNUSED_AREA_WEIGHT * unused**2 + _LOST_DETAIL_WEIGHT * lost**2
+        ranked.append((score, num_slices, grid))
+    ranked.sort()
+
+    best_score = math.inf
+    for score, _, grid in ranked:
+        if score >= best_score:
+            break  # no later one can win either, as a misfit only adds
+        fit = _fit_blocks(height, width, grid, config.block_size)
+        if score + _MISFIT_WEIGHT * fit.misfit < best_score:
+            best_score = score + _MISFIT_WEIGHT * fit.misfit
+            best = grid, fit.blocks
+    return best
+
+
+class _Fit(NamedTuple):
+    misfit: float
+    blocks: tuple[int, int]
+
+
+def _fit_blocks(height: int, width: int, grid: _Grid, block_size: int) -> _Fit:
+    """The blocks `(height, width)` of a slice of this grid, and how badly they fit it.
+
+    Neither side exceeds what holds the source at full detail, rounded up to whole blocks. Within that and the
+    budget, `log(distortion)^2` is weighed against the area lost or gained over an undistorted view. A slice
+    of 213 x 240 px, for one, is 6.7 x 7.5 blocks of 32 px: with 49 allowed, 6 x 7 distort it by 4 %, 7 x 7 by
+    12 %.
+    """
+    exact_high = height / (grid.rows * block_size)
+    exact_wide = width / (grid.cols * block_size)
+    most_high = min(-(-height // (grid.rows * block_size)), grid.max_blocks)
+    most_wide = min(-(-width // (grid.cols * block_size)), grid.max_blocks)
+
+    shrink = min(1.0, math.sqrt(grid.max_blocks / (exact_high * exact_wide)))
+    lost_weight = _AREA_LOST_WEIGHT if shrink == 1.0 else _AREA_LOST_WEIGHT_IN_BUDGET
+    log_high, log_wide = math.log(exact_high * shrink), math.log(exact_wide * shrink)
+
+    def misfit(high: int, wide: int) -> float:
+        gain_high, gain_wide = math.log(high) - log_high, math.log(wide) - log_wide
+        area = gain_high + gain_wide
+        return (gain_wide - gain_high) ** 2 + (lost_weight if area < 0 else _AREA_GAINED_WEIGHT) * area**2
+
+    if height * grid.cols == width * grid.rows:
+        side = min(most_high, math.isqrt(grid.max_blocks))
+        sides = (side, max(side - 1, 1))
+        return min(_Fit(misfit(side, side), (side, side)) for side in sides)
+
+    best = _Fit(math.inf, (1, 1))
+    middle = min(int(exact_high * shrink), most_high)
+    for high in range(max(middle - _SEARCH_RADIUS, 1), min(middle + _SEARCH_RADIUS + 1, most_high) + 1):
+        widest = min(most_wide, grid.max_blocks // high)
+        wide = min(max(int(high * exact_wide / exact_high), 1), widest)
+        best = min(best, _Fit(misfit(high, wide), (high, wide)))
+        if wide < widest:
+            best = min(best, _Fit(misfit(high, wide + 1), (high, wide + 1)))
+    return best
+
+
+def _to_patches(blocks: tuple[int, int], config: SlicingConfig) -> tuple[int, int]:
+    return blocks[0] * config.merge_size, blocks[1] * config.merge_size
+
+
+def _ratio(ratio: float) -> str:
+    """`1:1.5` for 1.5 and for 1 / 1.5 alike, so that an image and its transpose are given the same reason."""
+    return f"1:{max(ratio, 1 / ratio):.3g}"
+
+
+# --- published -----------------------------------------------------------------------------------------------
+
+
+def _plan_uhd(height: int, width: int, config: SlicingConfig) -> Layout:
+    """LLaVA-UHD (https://arxiv.org/abs/2403.11703).
+
+    From the paper: N = ceil(H W / S^2); of the grids of N-1, N and N+1 slices the one with the largest
+    -|log(slice aspect ratio)|; slices resized in proportion. From the released code, where the paper is
+    silent: N capped by `max_slice_nums`; N = 1 means no slicing, otherwise one slice is no candidate; ties go
+    to fewer slices, then to fewer columns; a view is brought to an area of S^2, enlarged if need be, and its
+    sides are *floored*, here to whole blocks. The released code puts the overview last; here it comes first,
+    as everywhere.
+    """
+    chosen = min(_window_grids(height, width, config), key=lambda c: (c.error, c.rows * c.cols, c.cols))
+    rows, cols = chosen.rows, chosen.cols
+
+    def fit(exact_height: float, exact_width: float, side: int) -> tuple[int, int]:
+        scaled_height, scaled_width = _scale_to_area(exact_height, exact_width, side)
+        high, wide = scaled_height // config.block_size, scaled_width // config.block_size
+        return _to_patches((max(high, 1), max(wide, 1)), config)
+
+    overview = fit(height, width, config.overview_side) if rows * cols > 1 else None
+    slices = fit(height / rows, width / cols, config.scale_resolution)
+    return Layout((rows, cols), slices, overview, _window_reason(height, width, rows, cols, config))
+
+
+def _plan_minicpm(height: int, width: int, config: SlicingConfig) -> Layout:
+    """MiniCPM-V 4.6.
+
+    Equal to transformers' `minicpmv4_6` at `scale_resolution` 448, `patch_size` 14 and `merge_size` 4. The
+    rule of LLaVA-UHD, with sides *rounded* (half to even) to whole blocks, so that a view may exceed S^2:
+    1,200 patches where 1,024 are nominal. The image is first rounded to a multiple of the grid. Slices, and
+    an image that stays whole, are enlarged to an area of S^2; an overview is only ever reduced. Ties go to
+    more rows.
+    """
+    chosen = min(_window_grids(height, width, config), key=lambda c: (c.error, -c.rows))
+    rows, cols = chosen.rows, chosen.cols
+
+    def round_to(length: float, divisor: int) -> int:
+        return max(round(length / divisor) * divisor, divisor)
+
+    def fit(exact_height: float, exact_width: float, side: int, enlarge: bool) -> tuple[int, int]:
+        if enlarge or exact_height * exact_width > side * side:
+            exact_height, exact_width = _scale_to_area(exact_height, exact_width, side)
+        high, wide = round_to(exact_height, config.block_size), round_to(exact_width, config.block_size)
+        return high // config.patch_size, wide // config.patch_size
+
+    if rows * cols == 1:
+        overview = None
+        slices = fit(height, width, config.scale_resolution, enlarge=True)
+    else:
+        overview = fit(height, width, config.overview_side, enlarge=False)
+        slice_height, slice_width = round_to(height, rows) / rows, round_to(width, cols) / cols
+        slices = fit(slice_height, slice_width, config.scale_resolution, enlarge=True)
+    return Layout((rows, cols), slices, overview, _window_reason(height, width, rows, cols, config))
+
+
+class _WindowGrid(NamedTuple):
+    rows: int
+    cols: int
+    error: float  # |log(slice aspect ratio)|
+
+
+def _window_grids(height: int, width: int, config: SlicingConfig) -> list[_WindowGrid]:
+    """The candidates of the published rules: every grid of N-1, N or N+1 slices."""
+    num_slices = min(math.ceil(height * width / config.scale_resolution**2), config.max_slice_nums)
+    if num_slices <= 1:
+        return [_WindowGrid(1, 1, abs(math.log(width / height)))]
+    return [
+        _WindowGrid(rows, product // rows, abs(math.log(width / height) - math.log(product // rows / rows)))
+        for product in (num_slices - 1, num_slices, num_slices + 1)
+        if 1 < product <= config.max_slice_nums
+        for rows in range(1, product + 1)
+        if product % rows == 0
+    ]
+
+
+def _scale_to_area(height: float, width: float, side: int) -> tuple[int, int]:
+    """The size, cut to whole px, that has the same aspect ratio and about the area of a square."""
+    ratio = width / height
+    scaled_height = int(side / math.sqrt(ratio))
+    return scaled_height, int(scaled_height * ratio)
+
+
+def _window_reason(height: int, width: int, rows: int, cols: int, config: SlicingConfig) -> str:
+    size = f"the image has {height * width / config.scale_resolution**2:.3g} times the training area"
+    if rows * cols == 1:
+        return f"{size}: one view"
+    aspect = _ratio(width * rows / (height * cols))
+    return f"{size}; nearest slice aspect ratio ({aspect}) around that many slices"
+
+
+POLICIES: dict[str, Callable[[int, int, SlicingConfig], Layout]] = {
+    "adaptive": _plan_adaptive,
+    "uhd": _plan_uhd,
+    "minicpm": _plan_minicpm,
+}
