@@ -100,6 +100,15 @@ class Readable(Protocol):
     def read(self, size: int = ..., /) -> bytes: ...
 
 
+@runtime_checkable
+class Seekable(Protocol):
+    """A file object that may be able to go back to its start."""
+
+    def seekable(self) -> bool: ...
+
+    def seek(self, offset: int, /) -> int: ...
+
+
 ImageSource = str | Path | bytes | bytearray | memoryview | Readable | Image.Image
 
 
@@ -233,7 +242,7 @@ def _read(source: ImageSource, name: str, limits: ImageLimits) -> bytes:
 
 
 def _read_file(file: Readable, name: str, limits: ImageLimits) -> bytes:
-    if isinstance(file, io.IOBase) and file.seekable():
+    if isinstance(file, Seekable) and file.seekable():
         file.seek(0)
     chunks = []
     num_bytes = 0
