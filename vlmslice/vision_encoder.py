@@ -9,11 +9,15 @@ cut and flattened, each view brings its own patch grid, and the learned position
 
 from __future__ import annotations
 
+import dataclasses
+import difflib
+from collections.abc import Iterable
 from typing import Any
 
 import timm
 import torch
 from huggingface_hub.dataclasses import strict
+from timm.models import is_model_in_modules
 from timm.models.naflexvit import NaFlexVit, NaFlexVitCfg
 from torch import nn
 from transformers import PreTrainedConfig
@@ -22,12 +26,16 @@ from vlmslice.position_embedding import sincos_2d
 
 _GENERIC = "naflexvit"
 
+# The timm modules whose models have a NaFlex form: the first two take `use_naflex`, the last is NaFlex itself.
+_CONVERTIBLE_MODULES = ("vision_transformer", "eva")
+_NAFLEX_MODULE = "naflexvit"
+
 
 @strict
 class VlmSliceVisionConfig(PreTrainedConfig):
     """A ViT named by timm, or a plain one described by its sizes.
 
-    `architecture` is a timm name such as `"vit_small_patch14_dinov2"` (built with `use_naflex=True`), or
+    `architecture` is a timm name such as `"vit_small_patch14_dinov2"` or `"naflexvit_base_patch16_gap"`, or
     `"naflexvit"` for a plain NaFlex ViT whose `NaFlexVitCfg` fields are given in `timm_kwargs`.
 
     `feature_layer` is the number of transformer blocks kept; blocks after it are not built. A DINOv2 whose last block
@@ -56,22 +64,10 @@ def build_timm_vit(config: VlmSliceVisionConfig) -> NaFlexVit:
     """Builds the timm module (random weights) that `config` describes.
 
     Raises:
-        ValueError: timm has no such ViT in NaFlex form, or its width or patch size differ from the config.
+        ValueError: timm has no such ViT in NaFlex form, its width or patch size differ from the config, or a field
+            of the config has no meaning.
     """
-    kwargs = dict(config.timm_kwargs or {})
-    if config.architecture == _GENERIC:
-        vit = NaFlexVit(
-            NaFlexVitCfg(patch_size=config.patch_size, embed_dim=config.hidden_size, **kwargs), num_classes=0
-        )
-    else:
-        vit = timm.create_model(
-            config.architecture, pretrained=False, use_naflex=True, num_classes=0, **kwargs
-        )
-    if not isinstance(vit, NaFlexVit):
-        raise ValueError(
-            f"vision architecture {config.architecture!r} builds a {type(vit).__name__}, expected a timm ViT that has "
-            "a NaFlex form; choose a `vit_*` or `naflexvit_*` model"
-        )
+    vit = _build_plain_vit(config) if config.architecture == _GENERIC else _build_named_vit(config)
     got = (vit.embed_dim, vit.embeds.patch_size[0])
     if got != (config.hidden_size, config.patch_size):
         raise ValueError(
@@ -92,6 +88,37 @@ def build_timm_vit(config: VlmSliceVisionConfig) -> NaFlexVit:
     return vit
 
 
+def _build_plain_vit(config: VlmSliceVisionConfig) -> NaFlexVit:
+    kwargs = config.timm_kwargs or {}
+    names = [field.name for field in dataclasses.fields(NaFlexVitCfg)]
+    for name in kwargs:
+        if name not in names:
+            raise ValueError(
+                f"timm_kwargs has {name!r}, expected fields of timm's NaFlexVitCfg{_suggestion(name, names)}"
+            )
+    cfg = NaFlexVitCfg(patch_size=config.patch_size, embed_dim=config.hidden_size, **kwargs)
+    return NaFlexVit(cfg, num_classes=0)
+
+
+def _build_named_vit(config: VlmSliceVisionConfig) -> NaFlexVit:
+    name, kwargs = config.architecture, dict(config.timm_kwargs or {})
+    if is_model_in_modules(name, _CONVERTIBLE_MODULES):
+        kwargs["use_naflex"] = True
+    elif not is_model_in_modules(name, [_NAFLEX_MODULE]):
+        modules = (*_CONVERTIBLE_MODULES, _NAFLEX_MODULE)
+        names = [known for module in modules for known in timm.list_models(module=module)]
+        raise ValueError(
+            f"vision architecture {name!r} is no timm ViT that has a NaFlex form, expected a model of timm's "
+            f"{', '.join(modules)}{_suggestion(name, [_GENERIC, *names])}"
+        )
+    return timm.create_model(name, pretrained=False, num_classes=0, **kwargs)
+
+
+def _suggestion(name: str, names: Iterable[str]) -> str:
+    close = difflib.get_close_matches(name, names, 1)
+    return f"; did you mean {close[0]!r}?" if close else ""
+
+
 class PyramidStem(nn.Module):
     """Patch embedding in three steps: blocks of 4 x 4 px, groups of 2 x 2 blocks, the patch.
 
@@ -101,6 +128,11 @@ class PyramidStem(nn.Module):
 
     def __init__(self, patch_size: int, hidden_size: int, block: int = 4):
         super().__init__()
+        if patch_size % (2 * block):
+            raise ValueError(
+                f"stem 'pyramid' with patch_size {patch_size}, expected a multiple of {2 * block}; "
+                "use stem 'timm' for other patch sizes"
+            )
         self.patch_size, self.block = patch_size, block
         groups = (patch_size // (2 * block)) ** 2
         self.pixels = nn.Linear(3 * block * block, 64)
@@ -164,7 +196,12 @@ def patch_coordinates(target_sizes: torch.Tensor, num_patches: int) -> tuple[tor
 
 
 class VlmSliceVisionEncoder(nn.Module):
-    """Runs the ViT on packed views."""
+    """Runs the ViT on packed views.
+
+    `gradient_checkpointing` is the flag that `gradient_checkpointing_enable` of a transformers model sets.
+    """
+
+    gradient_checkpointing = False
 
     def __init__(self, config: VlmSliceVisionConfig):
         super().__init__()
@@ -184,9 +221,14 @@ class VlmSliceVisionEncoder(nn.Module):
             Patch features `[V, T, D]` and `bool[V, T]`, True for real patches.
 
         Raises:
-            ValueError: a patch grid does not fit in T.
+            ValueError: a patch grid does not fit in T, or the patches are of another size.
         """
-        num_patches = pixel_values.shape[1]
+        num_patches, patch_dim = pixel_values.shape[1:]
+        if patch_dim != self.config.patch_dim:
+            raise ValueError(
+                f"pixel_values holds {patch_dim} values per patch, expected {self.config.patch_dim} for RGB patches of "
+                f"{self.config.patch_size} px; give the image processor the model's patch_size"
+            )
         longest = int(target_sizes.prod(dim=1).max())
         if longest > num_patches:
             raise ValueError(
@@ -196,9 +238,10 @@ class VlmSliceVisionEncoder(nn.Module):
         coordinates_VT2, valid_VT = patch_coordinates(target_sizes, num_patches)
         full = bool(valid_VT.all())
         self._choose_attention_kernel(pixel_values.device)
+        self.vit.set_grad_checkpointing(self.gradient_checkpointing and self.training)
         # A batch without padding needs no mask, which saves the mask addition in every layer.
         output = self.vit.forward_features(
-            pixel_values.to(self.vit.norm.weight.dtype),
+            pixel_values.to(next(self.vit.embeds.proj.parameters()).dtype),
             patch_coord=coordinates_VT2,
             patch_valid=None if full else valid_VT,
         )
@@ -212,5 +255,6 @@ class VlmSliceVisionEncoder(nn.Module):
         the fused kernel, whose backward pass is slow there.
         """
         fused = device.type != "cpu"
-        for block in self.vit.blocks:
-            block.attn.fused_attn = fused
+        for module in self.vit.blocks.modules():
+            if hasattr(module, "fused_attn"):  # timm's attention classes, parallel blocks and others
+                module.fused_attn = fused
