@@ -22,6 +22,9 @@ class DenseHead(nn.Module):
         self.cells = CELLS_PER_SIDE**2
         self.projection = nn.Linear(hidden_size, self.cells * sum(HEADS.values()))
 
+    def reset_parameters(self) -> None:
+        self.projection.reset_parameters()
+
     def forward(self, features: torch.Tensor) -> dict[str, torch.Tensor]:
         """Logits `[V, T, cells, classes]` by name, from features `[V, T, D]`."""
         logits = self.projection(features).unflatten(-1, (self.cells, -1))

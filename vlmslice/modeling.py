@@ -19,6 +19,7 @@ from vlmslice.connectors import (
     build_connector,
     query_grid,
 )
+from vlmslice.dense_reader import DenseHead, dense_loss
 from vlmslice.position_embedding import sincos_2d
 from vlmslice.vision_encoder import VlmSliceVisionEncoder
 
@@ -67,6 +68,9 @@ class CanvasPosition(nn.Module):
         return self.projection(embedding) + is_overview_V[:, None, None] * self.overview
 
 
+_OWN_MODULES = (CrossAttention, TokenHead, PixelUnshuffle, Resampler, CanvasPosition, DenseHead)
+
+
 class VlmSlicePreTrainedModel(PreTrainedModel):
     config_class = VlmSliceConfig
     base_model_prefix = ""
@@ -81,8 +85,11 @@ class VlmSlicePreTrainedModel(PreTrainedModel):
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         # timm initialises its ViT, transformers the language model; only our own modules are left.
-        if isinstance(module, (CrossAttention, TokenHead, PixelUnshuffle, Resampler, CanvasPosition)):
+        if isinstance(module, _OWN_MODULES):
             module.reset_parameters()
+        elif hasattr(module, "init_non_persistent_buffers"):
+            # Rotary tables of timm are not in a checkpoint, so `from_pretrained` has nothing to fill them with.
+            module.init_non_persistent_buffers()
 
 
 class VlmSliceForConditionalGeneration(VlmSlicePreTrainedModel, GenerationMixin):
@@ -104,8 +111,6 @@ class VlmSliceForConditionalGeneration(VlmSlicePreTrainedModel, GenerationMixin)
         self.language_model = AutoModelForCausalLM.from_config(config.text_config)
         self.dense_head = None
         if config.dense_loss_weight:
-            from vlmslice.dense_reader import DenseHead
-
             self.dense_head = DenseHead(config.vision_config.hidden_size)
         self.post_init()
 
@@ -186,21 +191,7 @@ class VlmSliceForConditionalGeneration(VlmSlicePreTrainedModel, GenerationMixin)
                 the batch would miss two samples whose counts are swapped.
         """
         mask = input_ids == self.config.image_token_id
-        remaining = list(tokens_per_image)
-        for sample, count in enumerate(mask.sum(dim=1).tolist()):
-            taken = 0
-            while remaining and taken < count:
-                taken += remaining.pop(0)
-            if taken != count:
-                raise ValueError(
-                    f"sample {sample} has {count} placeholders in its prompt but its images give {taken} visual "
-                    "tokens; build both with one VlmSliceProcessor call and keep images in the order of the prompts"
-                )
-        if remaining:
-            raise ValueError(
-                f"{len(remaining)} images ({sum(remaining)} visual tokens) are left over after the last sample's "
-                "placeholders; build prompts and images with one VlmSliceProcessor call"
-            )
+        _images_per_sample(mask.sum(dim=1).tolist(), tokens_per_image)
         return mask
 
     def forward(
@@ -231,6 +222,11 @@ class VlmSliceForConditionalGeneration(VlmSlicePreTrainedModel, GenerationMixin)
         if inputs_embeds is None:
             inputs_embeds = self.get_input_embeddings()(input_ids)
         if pixel_values is not None:
+            if input_ids is None:
+                raise ValueError(
+                    "got pixel_values without input_ids, expected the ids whose placeholders the visual tokens "
+                    "replace; pass input_ids, or inputs_embeds alone"
+                )
             image_outputs = self.get_image_features(pixel_values, target_sizes, canvas_boxes, num_views)
             mask = self.get_placeholder_mask(input_ids, [len(t) for t in image_outputs.pooler_output])
             tokens = torch.cat(image_outputs.pooler_output).to(inputs_embeds.dtype)
@@ -251,8 +247,6 @@ class VlmSliceForConditionalGeneration(VlmSlicePreTrainedModel, GenerationMixin)
             )
             metrics = {"language_loss": loss.detach()}
             if self.dense_head is not None and dense_labels and image_outputs is not None:
-                from vlmslice.dense_reader import dense_loss
-
                 features = image_outputs.last_hidden_state
                 valid = torch.arange(features.shape[1], device=features.device) < target_sizes.prod(
                     1, keepdim=True
@@ -268,6 +262,55 @@ class VlmSliceForConditionalGeneration(VlmSlicePreTrainedModel, GenerationMixin)
             attentions=outputs.attentions,
             metrics=metrics,
         )
+
+    def _expand_inputs_for_generation(
+        self,
+        expand_size: int = 1,
+        is_encoder_decoder: bool = False,
+        input_ids: torch.LongTensor | None = None,
+        pixel_values: torch.Tensor | None = None,
+        target_sizes: torch.LongTensor | None = None,
+        canvas_boxes: torch.LongTensor | None = None,
+        num_views: torch.LongTensor | None = None,
+        **model_kwargs,
+    ):
+        """Repeats every sample, for beams and for several answers to one prompt.
+
+        transformers repeats row by row, which would tear views from their images: `v0 v0 v1 v1` for `v0 v1 v0 v1`.
+        """
+        if pixel_values is not None and expand_size > 1:
+            num_placeholders = (input_ids == self.config.image_token_id).sum(dim=1).tolist()
+            tokens_per_image = [
+                int(tokens.sum()) for tokens in self._tokens_per_view(target_sizes).split(num_views.tolist())
+            ]
+            num_images = _images_per_sample(num_placeholders, tokens_per_image)
+            num_views_of_sample = [int(views.sum()) for views in num_views.split(num_images)]
+
+            def repeat(x: torch.Tensor, rows_of_sample: list[int]) -> torch.Tensor:
+                return torch.cat([copy for rows in x.split(rows_of_sample) for copy in [rows] * expand_size])
+
+            pixel_values, target_sizes, canvas_boxes = (
+                repeat(x, num_views_of_sample) for x in (pixel_values, target_sizes, canvas_boxes)
+            )
+            num_views = repeat(num_views, num_images)
+        input_ids, model_kwargs = super()._expand_inputs_for_generation(
+            expand_size, is_encoder_decoder, input_ids, **model_kwargs
+        )
+        if pixel_values is not None:
+            model_kwargs |= {
+                "pixel_values": pixel_values,
+                "target_sizes": target_sizes,
+                "canvas_boxes": canvas_boxes,
+                "num_views": num_views,
+            }
+        return input_ids, model_kwargs
+
+    def _tokens_per_view(self, target_sizes: torch.Tensor) -> torch.Tensor:
+        """`int64[V]`, the visual tokens that the connector will give each view."""
+        num_queries = self.config.slicing["tokens_per_view"]
+        if num_queries is not None:
+            return target_sizes.new_full((len(target_sizes),), num_queries)
+        return (target_sizes // self.config.slicing["merge_size"]).prod(dim=1)
 
     def prepare_inputs_for_generation(
         self,
@@ -291,6 +334,32 @@ class VlmSliceForConditionalGeneration(VlmSlicePreTrainedModel, GenerationMixin)
                 "num_views": num_views,
             }
         return model_inputs
+
+
+def _images_per_sample(num_placeholders: list[int], tokens_per_image: list[int]) -> list[int]:
+    """How many images, in order, fill the placeholders of each sample.
+
+    Raises:
+        ValueError: see `get_placeholder_mask`.
+    """
+    remaining = list(tokens_per_image)
+    num_images = []
+    for sample, count in enumerate(num_placeholders):
+        taken: list[int] = []
+        while remaining and sum(taken) < count:
+            taken.append(remaining.pop(0))
+        if sum(taken) != count:
+            raise ValueError(
+                f"sample {sample} has {count} placeholders in its prompt but its images give {sum(taken)} visual "
+                "tokens; build both with one VlmSliceProcessor call and keep images in the order of the prompts"
+            )
+        num_images.append(len(taken))
+    if remaining:
+        raise ValueError(
+            f"{len(remaining)} images ({sum(remaining)} visual tokens) are left over after the last sample's "
+            "placeholders; build prompts and images with one VlmSliceProcessor call"
+        )
+    return num_images
 
 
 def _is_overview(num_views: torch.Tensor) -> torch.Tensor:

@@ -15,7 +15,6 @@ from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 
-from fontTools.ttLib import TTFont, TTLibError
 from PIL import ImageFont
 
 CHARACTERS = string.ascii_letters + string.digits + string.punctuation
@@ -61,6 +60,9 @@ def matplotlib_font_dir() -> Path | None:
 
 
 def _read_font_file(path: Path) -> FontFile | None:
+    # Of the extra `train`; using a trained model must not need it.
+    from fontTools.ttLib import TTFont, TTLibError
+
     try:
         with TTFont(path, lazy=True) as font:
             characters = font.getBestCmap() or {}
