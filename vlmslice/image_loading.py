@@ -142,10 +142,7 @@ def load_image(
     """
     name = _describe(source)
     with _strict_decoding():
-        if isinstance(source, Image.Image):
-            image = source
-        else:
-            image = _open(_read(source, name, limits), name)
+        image = source if isinstance(source, Image.Image) else _open(_read(source, name, limits), name)
         if isinstance(image, ImageFile.ImageFile):
             _check_header(image, name, limits)
         if frame is not None:
