@@ -173,7 +173,8 @@ def _initialise_for_small_runs(vit: NaFlexVit) -> None:
     if table is not None:
         rows, cols = table.shape[1:3]
         places = torch.stack(torch.meshgrid(torch.arange(rows), torch.arange(cols), indexing="ij"), dim=-1)
-        table.copy_(sincos_2d(places, table.shape[-1], longest=60.0)[None])
+        # 0.2 is the root mean square that patch content has within a picture; larger positions hide it.
+        table.copy_(0.3 * sincos_2d(places, table.shape[-1], longest=60.0)[None])
 
 
 def patch_coordinates(target_sizes: torch.Tensor, num_patches: int) -> tuple[torch.Tensor, torch.Tensor]:

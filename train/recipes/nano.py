@@ -9,7 +9,12 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import LlamaConfig
 
-from vlmslice import VlmSliceConfig, VlmSliceForConditionalGeneration, VlmSliceImageProcessorPil, VlmSliceProcessor
+from vlmslice import (
+    VlmSliceConfig,
+    VlmSliceForConditionalGeneration,
+    VlmSliceImageProcessorPil,
+    VlmSliceProcessor,
+)
 from vlmslice.data.dense import DenseCropConfig, DenseCropDataset, collate_crops
 from vlmslice.data.fonts import FontLibrary
 from vlmslice.data.task_collator import TaskCollator
@@ -83,7 +88,9 @@ def _build_reader(previous: Path | None, connector: str = "spatial_resampler") -
     if previous is not None:
         weights = load_file(previous / "model.safetensors")
         for module, prefix in ((model.vision_encoder, "encoder."), (model.dense_head, "head.")):
-            module.load_state_dict({k.removeprefix(prefix): v for k, v in weights.items() if k.startswith(prefix)})
+            module.load_state_dict(
+                {k.removeprefix(prefix): v for k, v in weights.items() if k.startswith(prefix)}
+            )
     return model
 
 
@@ -115,7 +122,9 @@ _COMMON = {
 CURRICULUM = [
     Curriculum(
         40_000,
-        TaskConfig(megapixels=(0.008, 0.04), num_words=(1, 1), max_characters=8, font_px=(14, 40), max_count=4),
+        TaskConfig(
+            megapixels=(0.008, 0.04), num_words=(1, 1), max_characters=8, font_px=(14, 40), max_count=4
+        ),
         {"read": 0.8, "count": 0.2},
     ),
     Curriculum(

@@ -171,10 +171,11 @@ class DenseCropConfig:
     patch_size: int = 16
     min_side: int = 4
     max_side: int = 14
-    max_patches: int = 196
+    max_patches: int = 100
     text_share: float = 0.75
-    easy_samples: int = 30_000
-    """Samples at the start that are small and easy: reading starts on them in a fraction of the time."""
+    easy_samples: int = 120_000
+    """Samples over which the share of easy text falls from 1 to `least_easy`: reading starts on it much sooner."""
+    least_easy: float = 0.25
     split: str = "train"
 
 
@@ -194,12 +195,12 @@ class DenseCropDataset(Dataset):
     def __getitem__(self, index: int) -> dict:
         config = self.config
         shape_rng = sample_rng(config.seed, "crop-grid", index // config.group)
-        easy = index < config.easy_samples
         sides = range(config.min_side, config.max_side + 1, 2)
-        most = config.max_patches // 3 if easy else config.max_patches
-        grid = shape_rng.choice([(h, w) for h in sides for w in sides if most // 2 <= h * w <= most])
+        grids = [(h, w) for h in sides for w in sides if config.max_patches // 2 <= h * w <= config.max_patches]
+        grid = shape_rng.choice(grids)
         height, width = grid[0] * config.patch_size, grid[1] * config.patch_size
         rng = sample_rng(config.seed, "crop", index)
+        easy = rng.random() < max(config.least_easy, 1 - index / config.easy_samples)
         if rng.random() < config.text_share:
             scene = text_crop(rng, self.fonts, height, width, config.split, easy)
         else:
