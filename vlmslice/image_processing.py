@@ -2,8 +2,9 @@
 
 from typing import Any
 
+import numpy as np
 import torch
-from torchvision.transforms.functional import pil_to_tensor
+from PIL import Image
 from transformers.image_processing_backends import TorchvisionBackend
 from transformers.image_utils import ChannelDimension, PILImageResampling, SizeDict
 
@@ -26,7 +27,7 @@ class VlmSliceImageProcessor(SlicingImageProcessor, TorchvisionBackend):  # type
         device: str | torch.device | None = None,
         **kwargs: Any,
     ) -> torch.Tensor:
-        return pil_to_tensor(self._to_rgb_image(image, input_data_format)).to(device or "cpu")
+        return _to_tensor(self._to_rgb_image(image, input_data_format)).to(device or "cpu")
 
     def _image_size(self, image: torch.Tensor) -> tuple[int, int]:
         return image.shape[-2], image.shape[-1]
@@ -37,3 +38,16 @@ class VlmSliceImageProcessor(SlicingImageProcessor, TorchvisionBackend):  # type
         for height, width in (intermediate_size((bottom - top, right - left), view.size), view.size):
             pixels = self.resize(pixels, SizeDict(height=height, width=width), resample, antialias=True)
         return pixels.permute(1, 2, 0)
+
+
+def _to_tensor(image: Image.Image) -> torch.Tensor:
+    """`uint8[3, height, width]`, stored channels last as torchvision resizes fastest.
+
+    Copied in bands of about a megapixel: converting all at once would hold two more copies of the image.
+    """
+    pixels = torch.empty(image.height, image.width, 3, dtype=torch.uint8)
+    band_height = max(2**20 // image.width, 1)
+    for top, band in zip(range(0, image.height, band_height), pixels.split(band_height), strict=True):
+        box = (0, top, image.width, top + len(band))
+        band.copy_(torch.from_numpy(np.array(image.crop(box))))
+    return pixels.permute(2, 0, 1)
