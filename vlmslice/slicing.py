@@ -232,9 +232,9 @@ def plan_slices(height: int, width: int, config: SlicingConfig | None = None) ->
     - no side of a view exceeds its source by more than the rounding up to whole blocks;
     - the plan of the transposed image is the transposed plan.
 
-    One more pixel on a side multiplies the visual tokens by at most 2.53, for sides from two blocks on; 449 x
-    448 px cost the 64 of 448 x 448 where the published rules triple them. `tokens_per_view` gives that up, as
-    the first cut then adds two views at least.
+    One more pixel on a side multiplies the visual tokens by at most 2.6, from sides of two blocks on (and by at
+    most 2 from four blocks on, under the default config); 449 x 448 px cost the 64 of 448 x 448 where the
+    published rules triple them. `tokens_per_view` gives that up, as the first cut then adds two views at least.
 
     Args:
         height: Of the upright image, in px.

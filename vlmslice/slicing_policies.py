@@ -97,15 +97,6 @@ def _allowed_grids(config: SlicingConfig) -> tuple[_Grid, ...]:
     )
 
 
-def _overview_budget(num_slice_blocks: int, config: SlicingConfig) -> int:
-    """Most blocks of the overview of slices that have so many in all.
-
-    At most a quarter of the slices: a larger one would repeat what they show. This also removes the cost
-    cliff of the first cut: one view of 49 blocks gives way to, say, two slices of 25 and an overview of 12.
-    """
-    return min(config.max_blocks_per_overview, max(num_slice_blocks // 4, 1))
-
-
 def _slice_budget(num_slices: int, config: SlicingConfig) -> int:
     """Most blocks of each of so many slices under `max_visual_tokens`; 0 if that cannot pay for them."""
     tokens = config.max_visual_tokens
@@ -114,9 +105,23 @@ def _slice_budget(num_slices: int, config: SlicingConfig) -> int:
         return config.max_blocks_per_slice if num_views * config.tokens_per_view <= tokens else 0
     if num_slices == 1:
         return min(config.max_blocks_per_slice, tokens)
-    # Both bounds of `_overview_budget` hold, so the more generous of what they leave is safe.
-    affordable = max((tokens - config.max_blocks_per_overview) // num_slices, 4 * tokens // (5 * num_slices))
-    return min(config.max_blocks_per_slice, affordable)
+    if num_slices + 1 > tokens:
+        return 0
+    # Slices leave room for a full overview, or for one of a quarter of their size, or are a block each.
+    left = max((tokens - config.max_blocks_per_overview) // num_slices, 4 * tokens // (5 * num_slices), 1)
+    return min(config.max_blocks_per_slice, left)
+
+
+def _overview_budget(num_slice_blocks: int, config: SlicingConfig) -> int:
+    """Most blocks of the overview of slices that have so many in all.
+
+    At most a quarter of the slices: a larger one would repeat what they show. This also removes the cost
+    cliff of the first cut: one view of 49 blocks gives way to, say, two slices of 25 and an overview of 12.
+    """
+    budget = min(config.max_blocks_per_overview, max(num_slice_blocks // 4, 1))
+    if config.tokens_per_view is None:
+        budget = min(budget, config.max_visual_tokens - num_slice_blocks)
+    return budget
 
 
 def _best_grid(height: int, width: int, config: SlicingConfig) -> tuple[_Grid, tuple[int, int]]:
