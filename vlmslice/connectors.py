@@ -19,6 +19,7 @@ import math
 import torch
 import torch.nn.functional as F
 from torch import nn
+from transformers import initialization as init
 
 from vlmslice.config import VlmSliceConfig
 from vlmslice.position_embedding import sincos_2d
@@ -64,8 +65,7 @@ class CrossAttention(nn.Module):
         nn.init.ones_(self.norm.weight)
         nn.init.zeros_(self.norm.bias)
         nn.init.constant_(self.sharpness, self._initial_sharpness)
-        with torch.no_grad():
-            self.offsets.copy_(torch.tensor(self._initial_offsets))
+        init.copy_(self.offsets, torch.tensor(self._initial_offsets))
 
     def forward(
         self,

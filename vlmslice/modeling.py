@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, GenerationMixin, PreTrainedModel
+from transformers import initialization as init
 from transformers.modeling_outputs import BaseModelOutputWithPooling, CausalLMOutputWithPast
 
 from vlmslice.config import VlmSliceConfig
@@ -48,9 +49,7 @@ class CanvasPosition(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        nn.init.eye_(self.projection.weight)
-        with torch.no_grad():
-            self.projection.weight.mul_(self._scale)
+        init.copy_(self.projection.weight, self._scale * torch.eye(*self.projection.weight.shape))
         nn.init.normal_(self.overview, std=self._scale)
 
     def forward(
@@ -91,6 +90,11 @@ class VlmSlicePreTrainedModel(PreTrainedModel):
             # Rotary tables of timm are not in a checkpoint, so `from_pretrained` has nothing to fill them with.
             module.init_non_persistent_buffers()
 
+    def _initialize_weights(self, module: nn.Module, is_custom_code: bool = False) -> None:
+        # For code outside of it, transformers passes over a module whose own parameters are loaded, be those of its
+        # children missing or not, lest `_init_weights` overwrite them. Ours goes through init functions that do not.
+        super()._initialize_weights(module, is_custom_code=False)
+
 
 class VlmSliceForConditionalGeneration(VlmSlicePreTrainedModel, GenerationMixin):
     """A high-resolution vision-language model with adaptive slicing.
@@ -113,6 +117,8 @@ class VlmSliceForConditionalGeneration(VlmSlicePreTrainedModel, GenerationMixin)
         if config.dense_loss_weight:
             self.dense_head = DenseHead(config.vision_config.hidden_size)
         self.post_init()
+        # A placeholder is no answer. Without a cache it would even be taken for one of the prompt at the next step.
+        self.generation_config.suppress_tokens = [config.image_token_id]
 
     def get_input_embeddings(self) -> nn.Module:
         return self.language_model.get_input_embeddings()
@@ -319,11 +325,12 @@ class VlmSliceForConditionalGeneration(VlmSlicePreTrainedModel, GenerationMixin)
         target_sizes=None,
         canvas_boxes=None,
         num_views=None,
+        inputs_embeds=None,
         is_first_iteration=False,
         **kwargs,
     ):
         model_inputs = super().prepare_inputs_for_generation(
-            input_ids, is_first_iteration=is_first_iteration, **kwargs
+            input_ids, inputs_embeds=inputs_embeds, is_first_iteration=is_first_iteration, **kwargs
         )
         # The cache holds the visual tokens after the first step; without a cache they are needed at every step.
         if is_first_iteration or not kwargs.get("use_cache", True):
