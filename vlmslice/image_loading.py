@@ -157,6 +157,26 @@ def load_image(
             ) from None
 
 
+def read_image_size(source: ImageSource, *, limits: ImageLimits = ImageLimits()) -> tuple[int, int]:
+    """(height, width) of the upright image that `load_image` would return, without decoding a pixel.
+
+    An orientation that a PNG states after its pixels is not seen.
+
+    Args:
+        source: As in `load_image`.
+        limits: As in `load_image`.
+
+    Raises:
+        ImageError: One of its children, see the top of this module.
+    """
+    name = _describe(source)
+    image = source if isinstance(source, Image.Image) else _open(_read(source, name, limits), name)
+    if isinstance(image, ImageFile.ImageFile):
+        _check_header(image, name, limits)
+    width, height = image.size
+    return (width, height) if _orientation(image) >= 5 else (height, width)
+
+
 def image_from_array(array: np.ndarray) -> Image.Image:
     """Turns an array into an RGB image by the rules of `load_image`.
 
@@ -374,13 +394,13 @@ def _to_upright_rgb(image: Image.Image) -> Image.Image:
 
 
 def _orientation(image: Image.Image) -> int:
-    """EXIF orientation after decoding; 1 (upright) if absent or unreadable.
+    """EXIF orientation as far as the image is read; 1 (upright) if absent or unreadable.
 
     `ImageOps.exif_transpose` would also rewrite the whole EXIF block, which fails on malformed ones; only
-    this one tag is read here.
+    this one tag is read here. `getexif` of a PNG would decode it first.
     """
     try:
-        orientation = image.getexif().get(ExifTags.Base.Orientation, 1)
+        orientation = Image.Image.getexif(image).get(ExifTags.Base.Orientation, 1)
     except Exception:  # Camera metadata is often broken; the picture is still good.
         return 1
     return orientation if isinstance(orientation, int) else 1

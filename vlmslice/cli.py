@@ -1,0 +1,318 @@
+"""The `vlmslice` command: parses arguments, calls one library function, prints.
+
+Answers go to stdout and nothing else does; notes and errors go to stderr. An error of the user is one line and exit
+code 2. What needs torch is imported inside the commands that need it.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import sys
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+
+import typer
+
+from vlmslice import __version__
+from vlmslice.errors import VlmSliceError
+from vlmslice.slicing import SlicePlan, SlicingConfig, plan_slices
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+    from vlmslice.inference import Answer
+
+_EPILOG = "Sizes are given as width x height, as in 1920x1080; boxes, grids and JSON are height first."
+
+app = typer.Typer(
+    name="vlmslice",
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="markdown",
+    epilog=_EPILOG,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+_Policy = Annotated[
+    str | None, typer.Option(help="Slicing policy: adaptive, uhd or minicpm.  [default: the model's]")
+]
+_MaxVisualTokens = Annotated[
+    int | None, typer.Option(help="Most visual tokens of an image.  [default: the model's]")
+]
+_Model = Annotated[
+    str | None, typer.Option(metavar="FOLDER", help="Folder of a saved model.  [default: the bundled one]")
+]
+_Json = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        print(f"vlmslice {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: Annotated[
+        bool,
+        typer.Option(
+            "--version", callback=_print_version, is_eager=True, help="Print the version and leave."
+        ),
+    ] = False,
+) -> None:
+    """A vision-language model that cuts images into slices of the shape it was trained on.
+
+    - `vlmslice ask receipt.png "What does the image say?"`
+    - `vlmslice plan 1920x1080`
+    """
+
+
+@app.command()
+def ask(
+    images: Annotated[
+        list[str], typer.Argument(metavar="IMAGE", help="Image files; `-` reads one from standard input.")
+    ],
+    question: Annotated[str, typer.Argument(metavar="QUESTION", help="What to ask about them.")],
+    as_json: _Json = False,
+    show_slices: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="OUT.png",
+            help="Draw overview and grid over the image; several images make OUT-1.png, ...",
+        ),
+    ] = None,
+    policy: _Policy = None,
+    max_visual_tokens: _MaxVisualTokens = None,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Most tokens of the answer.")] = 256,
+    model: _Model = None,
+) -> None:
+    """Ask about images; the answer streams as it is made.
+
+    - `vlmslice ask receipt.png "What does the image say?"`
+    - `vlmslice ask chart.png "Which bar is tallest?" --show-slices out.png`
+    - `vlmslice ask one.png two.png "What do they say?" --json`
+    - `cat shapes.png | vlmslice ask - "How many circles are there?"`
+
+    With `--json`: `answer`, `plans` (one for each image), `num_visual_tokens`, `num_new_tokens`, `model` and `seconds`
+    by stage: `load` (Python, libraries, weights), `process` (images to model inputs), `first_token` (encode and read
+    the prompt), `decode` (the rest of the answer).
+    """
+    start = time.perf_counter()
+    from vlmslice.image_loading import load_image
+
+    if images.count("-") > 1:
+        raise _UserError("- stands for standard input and can be given once; save the other image to a file")
+    pictures = [load_image(sys.stdin.buffer if image == "-" else image) for image in images]
+    outputs = _picture_paths(show_slices, len(pictures)) if show_slices else []
+
+    from transformers.utils.logging import disable_progress_bar
+
+    from vlmslice.inference import Assistant
+
+    disable_progress_bar()
+    assistant = Assistant.from_pretrained(model)
+    loaded = time.perf_counter()
+    answer = assistant.ask(
+        pictures,
+        question,
+        policy=policy,
+        max_visual_tokens=max_visual_tokens,
+        max_new_tokens=max_new_tokens,
+        on_text=None if as_json else _print_piece,
+    )
+    seconds = {"load": loaded - start, **answer.seconds}
+    if as_json:
+        _print_json(
+            {
+                "answer": answer.text,
+                "plans": [plan.to_dict() for plan in answer.plans],
+                "num_visual_tokens": answer.num_visual_tokens,
+                "num_new_tokens": answer.num_new_tokens,
+                "model": assistant.model.name_or_path,
+                "seconds": {stage: round(value, 4) for stage, value in seconds.items()},
+            }
+        )
+    else:
+        print(flush=True)
+        _note(_summarize(answer, seconds))
+    for path, picture, plan in zip(outputs, pictures, answer.plans, strict=False):
+        _draw(picture, plan, path)
+        _note(f"slices drawn to {path}")
+
+
+@app.command()
+def plan(
+    source: Annotated[
+        str, typer.Argument(metavar="WIDTHxHEIGHT|IMAGE", help="A size such as 1920x1080, or an image file.")
+    ],
+    policy: _Policy = None,
+    max_visual_tokens: _MaxVisualTokens = None,
+    model: _Model = None,
+    as_json: _Json = False,
+) -> None:
+    """Tell how an image of some size will be cut, and what it will cost; of a file, only the header is read.
+
+    - `vlmslice plan 4000x100`: 4000 px wide, 100 px high
+    - `vlmslice plan 4000x100 --policy uhd`
+    - `vlmslice plan receipt.jpg --json`
+
+    The JSON is height first throughout: `image_size` and `size` are `[height, width]`, `grid` is `[rows, columns]`,
+    and a `box` is `[top, left, bottom, right]` in pixels of the image.
+    """
+    from vlmslice.model_files import read_slicing_config
+
+    height, width = _read_size(source)
+    fields = read_slicing_config(model).to_dict()
+    fields |= {
+        name: value
+        for name, value in (("policy", policy), ("max_visual_tokens", max_visual_tokens))
+        if value is not None
+    }
+    result = plan_slices(height, width, SlicingConfig.from_dict(fields))
+    if as_json:
+        _print_json(result.to_dict())
+    else:
+        print(_describe_plan(result))
+
+
+@app.command(
+    add_help_option=False,
+    context_settings={
+        "ignore_unknown_options": True,
+        "allow_extra_args": True,
+        "allow_interspersed_args": False,
+    },
+)
+def compose(context: typer.Context) -> None:
+    """Build a model from a ViT, a language model and a connector, ready for training."""
+    from vlmslice.compose import compose_command
+
+    # Its options are declared beside the function, behind an import of torch, so the arguments are handed on whole.
+    inner = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode="markdown")
+    inner.command(context_settings={"help_option_names": ["-h", "--help"]})(compose_command)
+    _run(inner, context.args or ["--help"], "vlmslice compose")
+
+
+@app.command()
+def doctor(
+    model: _Model = None,
+    as_json: _Json = False,
+) -> None:
+    """Check this machine: versions, threads, bf16, memory, disk and the model. Exits with 1 if something is wrong.
+
+    - `vlmslice doctor`
+    - `vlmslice doctor --json > report.json`
+    """
+    from vlmslice.doctor import examine
+
+    report = examine(model)
+    if as_json:
+        _print_json(report.to_dict())
+    else:
+        print(report.describe())
+    if report.problems:
+        raise typer.Exit(1)
+
+
+class _UserError(VlmSliceError):
+    """The arguments cannot be followed."""
+
+
+def _read_size(source: str) -> tuple[int, int]:
+    """(height, width) of `WIDTHxHEIGHT` or of an image file."""
+    size = re.fullmatch(r"(\d+) ?[xX×] ?(\d+)", source)
+    if size:
+        return int(size[2]), int(size[1])
+    from vlmslice.image_loading import read_image_size
+
+    return read_image_size(sys.stdin.buffer if source == "-" else source)
+
+
+def _picture_paths(path: Path, num_images: int) -> list[Path]:
+    """Where the slice pictures go; raises before the model is asked if they cannot go there."""
+    from PIL import Image
+
+    Image.init()
+    if Image.EXTENSION.get(path.suffix.lower()) not in Image.SAVE:
+        raise _UserError(f"cannot write a picture to {str(path)!r}; expected a name such as slices.png")
+    if not path.parent.is_dir():
+        raise _UserError(f"there is no folder {str(path.parent)!r} to write {path.name!r} to; make it first")
+    if num_images == 1:
+        return [path]
+    return [path.with_stem(f"{path.stem}-{number}") for number in range(1, num_images + 1)]
+
+
+def _draw(picture: Image.Image, plan: SlicePlan, path: Path) -> None:
+    from vlmslice.drawing import draw_plan
+
+    try:
+        draw_plan(picture, plan).save(path)
+    except OSError as error:
+        raise _UserError(
+            f"cannot write {str(path)!r}: {error.strerror or error}; choose another place"
+        ) from error
+
+
+def _describe_plan(plan: SlicePlan) -> str:
+    height, width = plan.image_size
+    rows, cols = plan.grid
+    lines = [f"image     {width} x {height} px (width x height)"]
+    if plan.overview is None:
+        view = plan.slices[0]
+        lines.append(f"one view  {view.size[1]} x {view.size[0]} px, {view.num_visual_tokens} visual tokens")
+    else:
+        piece = plan.slices[0]
+        lines += [
+            f"slices    {len(plan.slices)}, {rows} x {cols} (rows x columns), each about "
+            f"{round(width / cols)} x {round(height / rows)} px, resized to {piece.size[1]} x {piece.size[0]} px, "
+            f"{piece.num_visual_tokens} visual tokens",
+            f"overview  {plan.overview.size[1]} x {plan.overview.size[0]} px, "
+            f"{plan.overview.num_visual_tokens} visual tokens",
+        ]
+    lines += [f"total     {plan.num_visual_tokens} visual tokens", f"why       {plan.policy}: {plan.reason}"]
+    return "\n".join(lines)
+
+
+def _summarize(answer: Answer, seconds: dict[str, float]) -> str:
+    grids = ", ".join("x".join(map(str, plan.grid)) for plan in answer.plans)
+    times = ", ".join(f"{stage.replace('_', ' ')} {value:.2f} s" for stage, value in seconds.items())
+    return f"grid {grids} | {answer.num_visual_tokens} visual tokens | {times}"
+
+
+def _print_piece(text: str) -> None:
+    # A picture can make a model spell anything; a terminal must not obey it.
+    print(re.sub(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]", "\N{REPLACEMENT CHARACTER}", text), end="", flush=True)
+
+
+def _print_json(fields: dict[str, Any]) -> None:
+    print(json.dumps(fields, indent=2, ensure_ascii=False))
+
+
+def _note(line: str) -> None:
+    from rich.console import Console
+
+    Console(stderr=True).print(line, style="dim", markup=False, highlight=False, soft_wrap=True)
+
+
+def run(arguments: list[str]) -> NoReturn:
+    """Runs `vlmslice` with these arguments and leaves the process with its exit code."""
+    # Threads that spin while they wait slow everything else on the machine; read when torch is imported.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    _run(app, arguments, "vlmslice")
+
+
+def _run(application: typer.Typer, arguments: list[str], name: str) -> NoReturn:
+    """Runs an application and leaves with its exit code; errors of the user become one line."""
+    try:
+        code = application(args=arguments or ["--help"], prog_name=name, standalone_mode=False)
+    except (VlmSliceError, typer.TyperException) as error:
+        message = error.format_message() if isinstance(error, typer.TyperException) else str(error)
+        print(f"error: {' '.join(message.split())}", file=sys.stderr)
+        code = 2
+    except BrokenPipeError:  # the reader of the output has left, as `head` does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        code = 1
+    sys.exit(code)

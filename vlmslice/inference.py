@@ -1,0 +1,166 @@
+"""Ask a saved model about images: one class from folder to answer, with the time that each stage takes."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedTokenizerBase, TextStreamer
+
+import vlmslice.registration  # noqa: F401  # the processor finds its image processor by the Auto classes
+from vlmslice.image_loading import ImageSource, load_image
+from vlmslice.model_files import ModelError, find_model, find_weights
+from vlmslice.modeling import VlmSliceForConditionalGeneration
+from vlmslice.processing import VlmSliceProcessor
+from vlmslice.slicing import SlicePlan
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What the model said, and what it took.
+
+    Attributes:
+        text: The answer.
+        plans: The slice plan of each image.
+        num_visual_tokens: Over all images.
+        num_new_tokens: Tokens of the answer, its end included.
+        seconds: By stage: `process` (load the images, plan, slice, spell the prompt), `first_token` (encode the views,
+            read the prompt), `decode` (the rest of the answer).
+    """
+
+    text: str
+    plans: tuple[SlicePlan, ...]
+    num_visual_tokens: int
+    num_new_tokens: int
+    seconds: dict[str, float]
+
+
+class Assistant:
+    """A model and its processor, ready to answer.
+
+    ```python
+    assistant = Assistant.from_pretrained()  # the bundled model
+    answer = assistant.ask(["receipt.png"], "What does the image say?")
+    ```
+    """
+
+    def __init__(self, model: VlmSliceForConditionalGeneration, processor: VlmSliceProcessor):
+        self.model = model.eval()
+        self.processor = processor
+
+    @classmethod
+    def from_pretrained(cls, folder: str | Path | None = None, device: str | None = None) -> Assistant:
+        """Loads a model from a folder, by default the bundled one.
+
+        Args:
+            folder: A folder of `save_pretrained` of model and processor. Only safetensors are read, no code is run and
+                nothing is fetched.
+            device: Such as `"cuda:1"`; by default the accelerator of the machine, if any, else the CPU. On a CPU the
+                weights become fp32, whatever they are saved in: without special units bf16 is slower there.
+
+        Raises:
+            ModelError: The folder holds no complete vlmslice model.
+        """
+        path = find_model(folder)
+        find_weights(path)
+        target = (
+            torch.device(device) if device else torch.accelerator.current_accelerator(check_available=True)
+        )
+        on_cpu = target is None or target.type == "cpu"
+        try:
+            processor = VlmSliceProcessor.from_pretrained(path, local_files_only=True)
+            model = VlmSliceForConditionalGeneration.from_pretrained(
+                path, dtype=torch.float32 if on_cpu else "auto", use_safetensors=True, local_files_only=True
+            )
+        except Exception as error:  # A damaged file makes the libraries that read it raise anything.
+            reason = str(error).strip().splitlines() or [type(error).__name__]
+            raise ModelError(
+                f"model {str(path)!r} cannot be loaded: {reason[0]}; expected what save_pretrained of model and "
+                "processor writes; save or download it again"
+            ) from error
+        return cls(model if on_cpu else model.to(target), processor)
+
+    def ask(
+        self,
+        images: Sequence[ImageSource],
+        question: str,
+        *,
+        policy: str | None = None,
+        max_visual_tokens: int | None = None,
+        max_new_tokens: int = 256,
+        on_text: Callable[[str], None] | None = None,
+    ) -> Answer:
+        """Answers a question about images, always by the likeliest token.
+
+        Args:
+            images: What `load_image` takes; they stand before the question, in this order.
+            question: Plain text; tokens of the spatial schema spelled in it have no effect.
+            policy: Slicing policy, instead of the model's own.
+            max_visual_tokens: Most visual tokens of each image, instead of the model's own.
+            max_new_tokens: Most tokens of the answer.
+            on_text: Called with each piece of the answer as soon as it is certain; joined, they are the answer.
+
+        Raises:
+            ImageError: An image cannot be loaded.
+            SlicingError: An image cannot be planned as asked.
+        """
+        start = time.perf_counter()
+        overrides = {"policy": policy, "max_visual_tokens": max_visual_tokens}
+        slicing = {name: value for name, value in overrides.items() if value is not None}
+        pictures = [load_image(image) for image in images]
+        plans = tuple(
+            self.processor.image_processor.plan(picture.height, picture.width, **slicing)
+            for picture in pictures
+        )
+        content: list[dict[str, Any]] = [{"type": "image", "image": picture} for picture in pictures]
+        content.append({"type": "text", "text": question})
+        inputs = self.processor.apply_chat_template(
+            [{"role": "user", "content": content}],
+            add_generation_prompt=True,
+            tokenize=True,
+            return_dict=True,
+            processor_kwargs=slicing,
+        ).to(self.model.device)
+        processed = time.perf_counter()
+
+        streamer = _AnswerStreamer(self.processor.tokenizer, on_text)
+        output = self.model.generate(
+            **inputs, max_new_tokens=max_new_tokens, do_sample=False, streamer=streamer
+        )
+        done = time.perf_counter()
+        return Answer(
+            text="".join(streamer.pieces),
+            plans=plans,
+            num_visual_tokens=sum(plan.num_visual_tokens for plan in plans),
+            num_new_tokens=output.shape[1] - inputs["input_ids"].shape[1],
+            seconds={
+                "process": processed - start,
+                "first_token": streamer.first_token_at - processed,
+                "decode": done - streamer.first_token_at,
+            },
+        )
+
+
+class _AnswerStreamer(TextStreamer):
+    """Collects the pieces of the answer, hands them on, and takes the time of the first token."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, on_text: Callable[[str], None] | None):
+        super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)
+        self.pieces: list[str] = []
+        self.first_token_at = 0.0
+        self._on_text = on_text
+
+    def put(self, value: torch.Tensor) -> None:
+        if not self.next_tokens_are_prompt and not self.first_token_at:
+            self.first_token_at = time.perf_counter()
+        super().put(value)
+
+    def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
+        if text:
+            self.pieces.append(text)
+            if self._on_text is not None:
+                self._on_text(text)
