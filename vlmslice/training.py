@@ -152,8 +152,10 @@ class StageTrainer(Trainer):
 
     def create_optimizer(self, *args, **kwargs):
         """AdamW as the Trainer makes it, its groups split by `learning_rates`."""
+        # Under DeepSpeed the Trainer asks twice; the second time the factors are in already.
+        is_new = self.optimizer is None
         optimizer = super().create_optimizer(*args, **kwargs)
-        if not self._learning_rates:
+        if not self._learning_rates or not is_new:
             return optimizer
         names = {id(p): n for n, p in self.model.named_parameters()}
         groups = []
