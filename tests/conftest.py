@@ -1,8 +1,10 @@
 """Small parts that every test can afford: slicing of 64-px slices, the byte tokenizer, drawn images."""
 
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
+import tiny_models
 from PIL import Image, ImageDraw
 from transformers import PreTrainedTokenizerFast
 
@@ -52,3 +54,12 @@ def draw_image() -> DrawImage:
         return image
 
     return draw
+
+
+@pytest.fixture(scope="session")
+def saved_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder of a tiny model with random weights and its processor."""
+    folder = tmp_path_factory.mktemp("model")
+    tiny_models.tiny_model().save_pretrained(folder)
+    tiny_models.tiny_processor().save_pretrained(folder)
+    return folder

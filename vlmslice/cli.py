@@ -315,4 +315,4 @@ def _run(application: typer.Typer, arguments: list[str], name: str) -> NoReturn:
     except BrokenPipeError:  # the reader of the output has left, as `head` does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = 1
-    sys.exit(code)
+    sys.exit(code or 0)

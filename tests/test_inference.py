@@ -1,0 +1,142 @@
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from tiny_models import answer, chat, encode, noise_image, tiny_model, tiny_processor
+
+from vlmslice import Assistant, load_image
+from vlmslice.image_loading import ImageDecodeError
+from vlmslice.inference import _AnswerStreamer
+from vlmslice.model_files import ModelError, find_weights, read_slicing_config
+from vlmslice.slicing import SlicingError
+from vlmslice.tokenization import build_byte_tokenizer
+
+
+@pytest.fixture(scope="module")
+def assistant() -> Assistant:
+    return Assistant(tiny_model(), tiny_processor())
+
+
+class TestAsk:
+    def test_answers_as_the_model_does(self, assistant: Assistant) -> None:
+        image, question = noise_image(100, 200), "read the line"
+        ids = answer(assistant.model, encode(assistant.processor, chat(question, image)), num_tokens=12)
+        got = assistant.ask([image], question, max_new_tokens=12)
+        assert got.text == assistant.processor.decode(ids[0], skip_special_tokens=True)
+        assert got.num_new_tokens == 12
+
+    def test_pieces_join_to_the_answer(self, assistant: Assistant) -> None:
+        pieces: list[str] = []
+        got = assistant.ask([noise_image(100, 200)], "what?", max_new_tokens=24, on_text=pieces.append)
+        assert "".join(pieces) == got.text
+        assert got.text
+
+    def test_plans_are_those_of_the_images(self, assistant: Assistant) -> None:
+        images = [noise_image(100, 200), noise_image(40, 300)]
+        got = assistant.ask(images, "which?", max_new_tokens=1)
+        processor = assistant.processor.image_processor
+        assert got.plans == tuple(processor.plan(image.height, image.width) for image in images)
+        assert got.num_visual_tokens == sum(plan.num_visual_tokens for plan in got.plans)
+
+    def test_overrides_reach_plan_and_pixels(self, assistant: Assistant) -> None:
+        image = noise_image(100, 200)
+        few = assistant.ask([image], "read", max_visual_tokens=8, max_new_tokens=1)
+        assert few.num_visual_tokens <= 8
+        assert assistant.ask([image], "read", policy="uhd", max_new_tokens=1).plans[0].policy == "uhd"
+
+    def test_no_image(self, assistant: Assistant) -> None:
+        assert assistant.ask([], "hello", max_new_tokens=1).plans == ()
+
+    def test_stages_are_timed(self, assistant: Assistant) -> None:
+        seconds = assistant.ask([noise_image(100, 200)], "read", max_new_tokens=4).seconds
+        assert list(seconds) == ["process", "first_token", "decode"]
+        assert all(0 < value < 60 for value in seconds.values())
+
+    def test_bad_image_and_policy(self, assistant: Assistant, tmp_path: Path) -> None:
+        broken = tmp_path / "broken.png"
+        noise_image(40, 40).save(broken)
+        broken.write_bytes(broken.read_bytes()[:-200])
+        with pytest.raises(ImageDecodeError, match="broken.png"):
+            assistant.ask([str(broken)], "read")
+        with pytest.raises(SlicingError, match="did you mean 'uhd'"):
+            assistant.ask([noise_image(40, 40)], "read", policy="uhdd")
+
+
+class TestStreamer:
+    @pytest.mark.parametrize(
+        "text", ["", "one two", "naïve café 三千 🙂 ok", "line\nline two\n", "\n", " x "]
+    )
+    def test_text_split_anywhere_comes_out_whole(self, text: str) -> None:
+        tokenizer = build_byte_tokenizer()
+        pieces: list[str] = []
+        streamer = _AnswerStreamer(tokenizer, pieces.append)
+        streamer.put(torch.zeros(1, 5, dtype=torch.long))  # the prompt
+        for token in [*tokenizer(text)["input_ids"], tokenizer.eos_token_id]:
+            streamer.put(torch.tensor([token]))
+        streamer.end()
+        assert "".join(pieces) == text
+        assert "\N{REPLACEMENT CHARACTER}" not in "".join(pieces)
+        assert streamer.first_token_at > 0
+
+
+class TestModelFiles:
+    def test_saved_and_loaded_answers_alike(self, assistant: Assistant, saved_model: Path) -> None:
+        loaded = Assistant.from_pretrained(saved_model, device="cpu")
+        image = noise_image(100, 200)
+        for question in ("read", "how many?"):
+            got = loaded.ask([image], question, max_new_tokens=8)
+            assert got.text == assistant.ask([image], question, max_new_tokens=8).text
+        assert not loaded.model.training
+
+    def test_bf16_weights_become_fp32_on_the_cpu(self, saved_model: Path, tmp_path: Path) -> None:
+        folder = shutil.copytree(saved_model, tmp_path / "model")
+        tiny_model().to(torch.bfloat16).save_pretrained(folder)
+        assert Assistant.from_pretrained(folder, device="cpu").model.dtype == torch.float32
+
+    def test_slicing_without_loading(self, assistant: Assistant, saved_model: Path) -> None:
+        assert read_slicing_config(saved_model) == assistant.processor.image_processor.slicing_config
+        assert read_slicing_config().scale_resolution == 224
+
+    def test_no_folder(self) -> None:
+        with pytest.raises(
+            ModelError, match=r"'nowhere' has no readable config.json: No such file .*check the path"
+        ):
+            Assistant.from_pretrained("nowhere")
+
+    @pytest.mark.parametrize("config", ["", "[]", "{"])
+    def test_damaged_config(self, tmp_path: Path, config: str) -> None:
+        (tmp_path / "config.json").write_text(config)
+        with pytest.raises(ModelError, match=r"no readable config.json"):
+            Assistant.from_pretrained(tmp_path)
+
+    def test_another_model(self, tmp_path: Path) -> None:
+        (tmp_path / "config.json").write_text('{"model_type": "llama"}')
+        with pytest.raises(ModelError, match="of type 'llama'.*vlmslice compose"):
+            Assistant.from_pretrained(tmp_path)
+
+    def test_pickled_weights_do_not_count(self, saved_model: Path, tmp_path: Path) -> None:
+        folder = shutil.copytree(saved_model, tmp_path / "model")
+        (folder / "model.safetensors").unlink()
+        torch.save({}, folder / "pytorch_model.bin")
+        with pytest.raises(ModelError, match="has no weights"):
+            Assistant.from_pretrained(folder)
+
+    def test_cut_off_weights(self, saved_model: Path, tmp_path: Path) -> None:
+        folder = shutil.copytree(saved_model, tmp_path / "model")
+        (weights,) = find_weights(folder)
+        weights.write_bytes(weights.read_bytes()[:1000])
+        with pytest.raises(ModelError, match="cannot be loaded") as raised:
+            Assistant.from_pretrained(folder)
+        assert "\n" not in str(raised.value)
+
+    def test_missing_processor(self, saved_model: Path, tmp_path: Path) -> None:
+        folder = shutil.copytree(saved_model, tmp_path / "model")
+        (folder / "tokenizer.json").unlink()
+        with pytest.raises(ModelError, match="cannot be loaded"):
+            Assistant.from_pretrained(folder)
+
+
+def test_the_demo_image_is_sliced() -> None:
+    image = load_image(Path(__file__).parents[1] / "demos" / "images" / "receipt_line.png")
+    assert image.width > 4 * image.height
