@@ -1,7 +1,5 @@
 """VlmSliceConfig: the one place where the parts of a model agree on their sizes."""
 
-from __future__ import annotations
-
 import difflib
 from typing import Any
 
@@ -44,9 +42,9 @@ class VlmSliceConfig(PreTrainedConfig):
     connector: str = "spatial_resampler"
     connector_heads: int = 8
     connector_head_dim: int = 64
-    connector_scale: float = 0.2
+    connector_scale: int | float = 0.2
     canvas_position: bool = True
-    dense_loss_weight: float = 0.0
+    dense_loss_weight: int | float = 0.0
     image_token_id: int = 0
     tie_word_embeddings: bool = False
 

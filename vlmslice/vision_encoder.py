@@ -7,8 +7,6 @@ cut and flattened, each view brings its own patch grid, and the learned position
 (in fp32) to that grid. One padded batch replaces the slice-by-slice loop.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import difflib
 from collections.abc import Iterable
