@@ -1,4 +1,4 @@
-"""Trains a recipe: python train/train.py --recipe NAME. The same script runs plain, under torchrun and under deepspeed."""
+"""Trains a recipe: `train.py --recipe NAME`. The same script runs plain, under torchrun and under deepspeed."""
 
 from __future__ import annotations
 
