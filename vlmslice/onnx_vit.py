@@ -17,8 +17,10 @@ An ONNX file is data: onnx and onnxruntime run no code from it, and no custom op
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections import defaultdict
+from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -189,9 +191,9 @@ class _Graph:
         return [layer for layer in found if layer is not None]
 
     def tokens(self, width: int) -> list[np.ndarray]:
-        """All constants of shape `[1, n, width]`, the shortest first."""
+        """All constants of shape `[1, n, width]` before the first attention, the shortest first."""
         found: dict[int, np.ndarray] = {}
-        for node in self.nodes:
+        for node in self._before_attention():
             if node.op_type == "Identity":
                 continue
             for name in node.input:
@@ -202,12 +204,13 @@ class _Graph:
 
     def table_antialias(self) -> bool | None:
         """Whether the first `Resize` before the first attention antialiases; None if there is none."""
-        for node in self.nodes:
-            if node.op_type == "Softmax":
-                return None
+        for node in self._before_attention():
             if node.op_type == "Resize":
                 return any(a.name == "antialias" and a.i for a in node.attribute)
         return None
+
+    def _before_attention(self) -> Iterator[onnx.NodeProto]:
+        return itertools.takewhile(lambda node: node.op_type != "Softmax", self.nodes)
 
     def role(self, layer: _Layer) -> Role | None:
         """What the output of a linear layer is in an attention; None if it does not enter one."""

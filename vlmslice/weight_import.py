@@ -24,6 +24,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from timm.models import get_pretrained_cfg, naflexvit, vision_transformer
 from timm.models.vision_transformer import VisionTransformer
+from tokenizers import pre_tokenizers
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -43,6 +44,11 @@ _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "tokenizer_config.json")
 # Parameters of a timm ViT that a vision encoder has no use for: what comes after the patch features.
 _HEADS = re.compile(r"(head|attn_pool|fc_norm|head_dist)\.|mask_token$|logit_(scale|bias)$")
+
+# Pre-tokenizers of GGUF files that set every digit apart before GPT-2's rule applies. transformers 5.23 knows most
+# pre-tokenizers but not these, and would join what stands before a number otherwise ("\n\n1"): 46 of 82,275 tokens of
+# source text with SmolLM2, none with this.
+_DIGITS_APART = ("smollm",)
 
 # Largest difference between our features and those of an ONNX graph, in units of their root mean square. Rounding in
 # fp32 makes 2e-5 with a DINOv2 ViT-S; resizing its position table with antialiasing instead of without makes 0.4.
@@ -436,10 +442,7 @@ def _language_of_gguf(path: Path, tokenizer: str | None) -> ImportedLanguage:
     model = _load_causal_lm(path.parent, gguf_file=path.name)
     # transformers notes the file as the model's quantisation, which a reload of the dequantised weights would look for.
     del model.config.quantization_config
-    if tokenizer is None:
-        loaded: Any = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name, local_files_only=True)
-    else:
-        loaded = _load_tokenizer(path.parent, tokenizer)
+    loaded = _tokenizer_of_gguf(path) if tokenizer is None else _load_tokenizer(path.parent, tokenizer)
     record = {
         "model_type": model.config.model_type,
         "weights": {path.name: file_digest(path)},
@@ -447,6 +450,21 @@ def _language_of_gguf(path: Path, tokenizer: str | None) -> ImportedLanguage:
     return ImportedLanguage(
         model, loaded, f"{model.config.model_type}: weights of {path.name}, dequantised to fp32", record
     )
+
+
+def _tokenizer_of_gguf(path: Path) -> PreTrainedTokenizerBase:
+    from gguf import GGUFReader
+
+    tokenizer: Any = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name, local_files_only=True)
+    rule = GGUFReader(path).fields.get("tokenizer.ggml.pre")
+    if rule is not None and rule.contents() in _DIGITS_APART:
+        tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+            [
+                pre_tokenizers.Digits(individual_digits=True),
+                pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True),
+            ]
+        )
+    return tokenizer
 
 
 def _language_of_config(path: Path, tokenizer: str | None) -> ImportedLanguage:
