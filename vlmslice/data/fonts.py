@@ -87,10 +87,14 @@ def find_fonts(directories: Iterable[str | Path]) -> list[FontFile]:
     files = sorted(
         {f for d in directories for suffix in ("ttf", "otf") for f in Path(d).rglob(f"*.{suffix}")}
     )
+    return [font for font in _read_font_files(files) if font.family not in _UNSUITABLE_FAMILIES]
+
+
+def _read_font_files(files: list[Path]) -> list[FontFile]:
     cache = _cache_path(files)
     if cache.exists():
         return [FontFile(**entry) for entry in json.loads(cache.read_text())]
-    fonts = [font for font in map(_read_font_file, files) if font and font.family not in _UNSUITABLE_FAMILIES]
+    fonts = [font for font in map(_read_font_file, files) if font]
     cache.parent.mkdir(parents=True, exist_ok=True)
     partial = cache.with_suffix(f".{os.getpid()}.tmp")
     partial.write_text(json.dumps([vars(font) for font in fonts]))
