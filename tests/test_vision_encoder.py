@@ -7,7 +7,7 @@ from timm.layers import resample_abs_pos_embed
 from timm.models.naflexvit import checkpoint_filter_fn
 
 from vlmslice.vision_encoder import (
-    PyramidStem,
+    OverlapStem,
     VlmSliceVisionConfig,
     VlmSliceVisionEncoder,
     build_timm_vit,
@@ -93,8 +93,13 @@ class TestPatchCoordinates:
             assert not places[~real].any()
 
 
+def _reaches(patch: int, pixel: int) -> bool:
+    """Whether the stem's window of a patch, along one side, holds a pixel."""
+    return 16 * patch - 4 <= pixel < 16 * patch + 20
+
+
 class TestBatching:
-    @pytest.mark.parametrize("stem", ["timm", "pyramid"])
+    @pytest.mark.parametrize("stem", ["timm", "overlap"])
     def test_padded_batch_is_each_view_alone(self, stem):
         """Largest difference seen 1.4e-6 of features of standard deviation 1."""
         encoder = tiny_encoder(stem=stem)
@@ -269,32 +274,38 @@ class TestArchitectures:
             expected, _ = full(pixel_values, target_sizes)
         assert torch.equal(got[valid], expected[valid])
 
-    def test_pyramid_stem_reads_blocks_in_place(self):
-        """A pixel reaches the same inner unit wherever its 4 x 4 block lies, and its block's unit only."""
-        stem = PyramidStem(16, 32)
+    def test_overlap_stem_reads_blocks_in_place(self):
+        """Row 16 * patch + block of the first layer is the block's own 4 x 4 px, row-major."""
+        stem = OverlapStem(16, 32)
         seen = []
         stem.pixels.register_forward_hook(lambda module, inputs, output: seen.append(inputs[0]))
+        stem.prepare(torch.tensor([[1, 1]]), torch.zeros(1, 1, 2, dtype=torch.int64))
         pixels = torch.arange(16 * 16 * 3).view(1, 1, -1).float()
         stem(pixels)
         image = pixels.view(16, 16, 3)
         for row in range(4):
             for col in range(4):
                 block = image[4 * row : 4 * row + 4, 4 * col : 4 * col + 4].flatten()
-                assert torch.equal(seen[0][0, row, col], block)
+                assert torch.equal(seen[0][0, 0, row, col], block)
 
-    def test_pyramid_stem_groups_neighbours(self):
-        """The four 8 x 8 groups of a patch, row-major, each hold the blocks of their own quarter."""
-        stem = PyramidStem(16, 32)
-        seen = []
-        stem.groups.register_forward_hook(lambda module, inputs, output: seen.append(inputs[0]))
-        before = torch.zeros(1, 1, 768)
-        stem(before)
-        for quarter, (top, left) in enumerate([(0, 0), (0, 8), (8, 0), (8, 8)]):
-            image = torch.zeros(16, 16, 3)
-            image[top : top + 8, left : left + 8] = 1.0
-            stem(image.view(1, 1, -1))
-            changed = (seen[-1] - seen[0]).view(4, -1).abs().sum(1) > 0
-            assert changed.nonzero().flatten().tolist() == [quarter]
+    def test_overlap_stem_sees_four_pixels_beyond_its_patch_and_no_more(self):
+        """On a 3 x 3 grid, one changed pixel changes the patches whose window it lies in, wherever it is."""
+        torch.manual_seed(0)
+        stem, grid = OverlapStem(16, 32), torch.tensor([[3, 3]])
+        coordinates, _ = patch_coordinates(grid, 10)
+        stem.prepare(grid, coordinates)
+
+        def embed(image):
+            patches = image.view(3, 16, 3, 16, 3).transpose(1, 2).reshape(1, 9, -1)
+            return stem(torch.nn.functional.pad(patches, (0, 0, 0, 1)))[0, :9].view(3, 3, -1)
+
+        before = embed(torch.zeros(48, 48, 3))
+        for y, x in [(0, 0), (11, 24), (12, 24), (15, 15), (19, 20), (24, 24), (28, 31), (47, 47)]:
+            image = torch.zeros(48, 48, 3)
+            image[y, x] = 1.0
+            changed = (embed(image) - before).abs().sum(-1) > 0
+            near = [[_reaches(row, y) and _reaches(col, x) for col in range(3)] for row in range(3)]
+            assert changed.tolist() == near, (y, x)
 
     def test_small_runs_start_at_scale(self):
         """Positions that patch content does not drown, and blocks that do something from the first step."""
@@ -347,10 +358,10 @@ class TestErrors:
                 {"timm_kwargs": TINY | {"num_head": 2}},
                 "^timm_kwargs has 'num_head', expected fields of timm's NaFlexVitCfg; did you mean 'num_heads'[?]$",
             ),
-            ({"stem": "pyramide"}, "^vision stem is 'pyramide', expected"),
+            ({"stem": "overlapp"}, "^vision stem is 'overlapp', expected"),
             (
-                {"stem": "pyramid", "patch_size": 14},
-                "^stem 'pyramid' with patch_size 14, expected a multiple of 8; use stem 'timm'",
+                {"stem": "overlap", "patch_size": 14},
+                "^stem 'overlap' with patch_size 14, expected a multiple of 4; use stem 'timm'",
             ),
         ],
     )

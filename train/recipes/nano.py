@@ -29,13 +29,16 @@ SLICING = SlicingConfig(overview_resolution=160)
 
 VISION = {
     "hidden_size": 256,
-    "stem": "pyramid",
+    "stem": "overlap",
     "timm_kwargs": {
         "depth": 6,
         "num_heads": 4,
         "global_pool": "",
         "class_token": False,
         "pos_embed_grid_size": (14, 14),
+        # "One patch to the right" must mean the same in every grid; interpolated positions alone stretch it.
+        "rope_type": "axial",
+        "rope_rotate_half": True,
     },
 }
 

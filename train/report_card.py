@@ -1,0 +1,47 @@
+"""Writes the report card of a model: frozen rendered samples, answered and scored.
+
+Example:
+    python train/report_card.py --model vlmslice/models/nano --output docs/report-card.md
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+
+from transformers import AutoProcessor
+
+from vlmslice import VlmSliceForConditionalGeneration
+from vlmslice.evaluation import METRICS, as_rows, evaluation_samples, predict
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--model", required=True, help="folder of the model")
+    parser.add_argument("--num-samples", type=int, default=300, help="samples per task (default: 300)")
+    parser.add_argument("--predictions", type=Path, help="write every answer to this JSONL file")
+    parser.add_argument("--output", type=Path, help="write the Markdown table to this file")
+    arguments = parser.parse_args()
+    model = VlmSliceForConditionalGeneration.from_pretrained(arguments.model, dtype="float32").eval()
+    processor = AutoProcessor.from_pretrained(arguments.model)
+    lines = ["| task | samples | metric | value | median seconds |", "|---|---|---|---|---|"]
+    rows = []
+    for task, (name, metric) in METRICS.items():
+        samples = evaluation_samples(task, arguments.num_samples)
+        predictions = predict(model, processor, samples, arguments.num_samples)
+        rows += as_rows(predictions)
+        seconds = sorted(p.seconds for p in predictions)[len(predictions) // 2]
+        lines.append(f"| {task} | {len(predictions)} | {name} | {metric(predictions):.1%} | {seconds:.2f} |")
+    table = "\n".join(lines)
+    print(table)
+    if arguments.predictions:
+        arguments.predictions.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    if arguments.output:
+        arguments.output.write_text(table + "\n")
+
+
+if __name__ == "__main__":
+    main()
