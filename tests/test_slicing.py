@@ -200,6 +200,8 @@ random_configs = st.builds(
 @settings(max_examples=150, deadline=None)
 @example(height=398_847, width=2, config=MINICPM_SHAPE)
 @example(height=13_000, width=13_000, config=ADAPTIVE_CONFIGS["8 slices"])
+@example(height=20, width=20_000, config=ADAPTIVE_CONFIGS["40 tokens"])
+@example(height=20, width=60, config=NANO)
 def test_property(check, height, width, config):
     check(plan_slices(height, width, config), config)
 
@@ -386,7 +388,8 @@ def test_minicpm_equals_transformers(minicpm_oracle, mode, merge_size, num_sizes
     config = dataclasses.replace(MINICPM, merge_size=merge_size)
     ordinary = [(rng.randint(1, 5000), rng.randint(1, 5000)) for _ in range(num_sizes // 2)]
     extreme = [tuple(round(math.exp(rng.uniform(0, 12.9))) for _ in range(2)) for _ in range(num_sizes // 2)]
-    for height, width in EDGE_SIZES + ordinary + extreme:
+    ties = [(side, factor * side) for side in range(300, 1600, 20) for factor in (1, 2, 3)]
+    for height, width in EDGE_SIZES + ordinary + extreme + ties:
         plan = plan_slices(height, width, config)
         ours = plan.grid, plan.slices[0].size, plan.overview and plan.overview.size
         assert ours == oracle_plan(minicpm_oracle, height, width, mode), (height, width)
@@ -412,6 +415,16 @@ def test_minicpm_equals_transformers_on_pixels(minicpm_oracle, size):
         (100, 4000, MINICPM_2_6, (1, 3), (126, 1624), (70, 2800), 256),
         (20, 20_000, MINICPM_2_6, (1, 3), (28, 7994), (14, 14_000), 256),
         (2, 398_847, MINICPM, (1, 5), (56, 79_744), (56, 199_416), 10_681),
+        # An overview with more room than the image fills is not enlarged.
+        (
+            600,
+            600,
+            dataclasses.replace(MINICPM, overview_resolution=1000),
+            (2, 1),
+            (336, 616),
+            (616, 616),
+            253,
+        ),
     ],
 )
 def test_minicpm_known_plans(height, width, config, grid, slice_size, overview_size, num_visual_tokens):

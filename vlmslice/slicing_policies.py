@@ -46,7 +46,7 @@ def _plan_adaptive(height: int, width: int, config: SlicingConfig) -> Layout:
     """Our policy: one score over every grid.
 
     Portrait images are planned as their transpose, which is why transposing an image transposes its plan
-    exactly; a square one gets a square grid of square patch grids, the only plan that is its own transpose.
+    exactly; a square one gets a square grid, whose slices are square and fit square patch grids best.
     """
     if height > width:
         (rows, cols), (high, wide), overview, reason = _plan_adaptive(width, height, config)
@@ -197,11 +197,6 @@ def _fit_blocks(height: int, width: int, grid: _Grid, block_size: int) -> _Fit:
         gain_high, gain_wide = math.log(high) - log_high, math.log(wide) - log_wide
         area = gain_high + gain_wide
         return (gain_wide - gain_high) ** 2 + (lost_weight if area < 0 else _AREA_GAINED_WEIGHT) * area**2
-
-    if height * grid.cols == width * grid.rows:
-        side = min(most_high, math.isqrt(grid.max_blocks))
-        sides = (side, max(side - 1, 1))
-        return min(_Fit(misfit(side, side), (side, side)) for side in sides)
 
     best = _Fit(math.inf, (1, 1))
     middle = min(int(exact_high * shrink), most_high)
