@@ -51,7 +51,7 @@ _Json = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
 def _print_version(wanted: bool) -> None:
     if wanted:
         print(f"vlmslice {__version__}")
-        raise typer.Exit
+        raise typer.Exit()
 
 
 @app.callback()

@@ -1,6 +1,7 @@
 """VlmSliceConfig: the one place where the parts of a model agree on their sizes."""
 
 import difflib
+from dataclasses import field
 from typing import Any
 
 from huggingface_hub.dataclasses import strict
@@ -33,12 +34,12 @@ class VlmSliceConfig(PreTrainedConfig):
     model_type = "vlmslice"
     sub_configs_defaults = {
         "text_config": SubConfigSpec(config_class=AutoConfig, model_type="llama"),
-        "vision_config": VlmSliceVisionConfig,
+        "vision_config": VlmSliceVisionConfig,  # type: ignore[dict-item]  # transformers takes a class, too
     }
 
-    vision_config: dict | PreTrainedConfig | None = None
-    text_config: dict | PreTrainedConfig | None = None
-    slicing: dict[str, Any] | None = None
+    vision_config: Any = None  # a VlmSliceVisionConfig; may be given as a dict, like the next
+    text_config: Any = None
+    slicing: dict[str, Any] = field(default_factory=dict)
     connector: str = "spatial_resampler"
     connector_heads: int = 8
     connector_head_dim: int = 64
@@ -50,7 +51,7 @@ class VlmSliceConfig(PreTrainedConfig):
 
     def __post_init__(self, **kwargs):
         super().__post_init__(**kwargs)
-        self.slicing = SlicingConfig.from_dict(self.slicing or {}).to_dict()
+        self.slicing = SlicingConfig.from_dict(self.slicing).to_dict()
         if self.connector not in CONNECTORS:
             close = difflib.get_close_matches(self.connector, CONNECTORS, 1)
             hint = f"; did you mean {close[0]!r}?" if close else ""

@@ -67,10 +67,9 @@ class Assistant:
         """
         path = find_model(folder)
         find_weights(path)
-        target = (
-            torch.device(device) if device else torch.accelerator.current_accelerator(check_available=True)
-        )
-        on_cpu = target is None or target.type == "cpu"
+        accelerator = torch.accelerator.current_accelerator(check_available=True)
+        target = torch.device(device or accelerator or "cpu")
+        on_cpu = target.type == "cpu"
         try:
             processor = VlmSliceProcessor.from_pretrained(path, local_files_only=True)
             model = VlmSliceForConditionalGeneration.from_pretrained(
@@ -82,7 +81,7 @@ class Assistant:
                 f"model {str(path)!r} cannot be loaded: {reason[0]}; expected what save_pretrained of model and "
                 "processor writes; save or download it again"
             ) from error
-        return cls(model if on_cpu else model.to(target), processor)
+        return cls(model.to(target), processor)  # type: ignore[arg-type]  # transformers' `to` has lost its types
 
     def ask(
         self,

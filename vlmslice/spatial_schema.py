@@ -77,7 +77,7 @@ CHAT_TEMPLATE = """\
     <|end|>
 {%- endfor -%}
 {%- if add_generation_prompt -%}<|assistant|>{%- endif -%}
-"""
+"""  # noqa: E501  # a line of jinja
 """Jinja template of a chat. Roles are listed one by one: a role pasted into `<|...|>` could forge any token."""
 
 

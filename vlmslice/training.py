@@ -157,6 +157,7 @@ class StageTrainer(Trainer):
         optimizer = super().create_optimizer(*args, **kwargs)
         if not self._learning_rates or not is_new:
             return optimizer
+        assert self.model is not None
         names = {id(p): n for n, p in self.model.named_parameters()}
         groups = []
         for group in optimizer.param_groups:
@@ -177,8 +178,8 @@ class StageTrainer(Trainer):
         return optimizer
 
     def _get_output_dir(self, trial) -> str:
-        folder = Path(super()._get_output_dir(trial))
-        return str(folder / "incomplete" if self._writing_aside else folder)
+        folder = super()._get_output_dir(trial)
+        return os.path.join(folder, "incomplete") if self._writing_aside else folder
 
     def _save_checkpoint(self, model, trial) -> None:
         """Has the Trainer write the checkpoint aside, then commits it and drops the oldest complete ones."""
@@ -188,7 +189,7 @@ class StageTrainer(Trainer):
         self.accelerator.wait_for_everyone()
         if not self.args.should_save:
             return
-        folder = Path(self.args.output_dir)
+        folder = Path(str(self.args.output_dir))
         name = f"checkpoint-{self.state.global_step}"
         seal_checkpoint(folder / "incomplete" / name, self._layout())
         _commit(folder / "incomplete" / name, folder / name)
@@ -277,7 +278,8 @@ def complete_checkpoints(folder: Path) -> list[Path]:
 
 def last_complete_checkpoint(folder: Path) -> Path | None:
     """The newest of `complete_checkpoints`, or None."""
-    return (complete_checkpoints(folder) or [None])[-1]
+    complete = complete_checkpoints(folder)
+    return complete[-1] if complete else None
 
 
 def _find_problem(checkpoint: Path) -> str | None:
@@ -380,7 +382,7 @@ def _training_arguments(stage: Stage, folder: Path, num_processes: int) -> Train
         stage.arguments.get("gradient_accumulation_steps", 1),
         num_processes,
     )
-    defaults = {"remove_unused_columns": False, "report_to": ["tensorboard"]}
+    defaults: dict[str, Any] = {"remove_unused_columns": False, "report_to": ["tensorboard"]}
     if use_cpu and num_processes > 1:
         defaults["ddp_backend"] = "gloo"
     return TrainingArguments(

@@ -50,7 +50,9 @@ def chart_scene(
     scene.glyphs += draw_line(draw, chart.title, font, 0.01 * height, left, ink)
     top, base = 0.01 * height + 2.4 * line, height - 1.5 * line
     tallest = max(chart.values)
-    names = [c for c in visible_colors(paper) if abs(luminance(COLORS[c]) - luminance(ink)) > 10] or list(COLORS)
+    names = [c for c in visible_colors(paper) if abs(luminance(COLORS[c]) - luminance(ink)) > 10] or list(
+        COLORS
+    )
     one_color = rng.choice(names)
     several = rng.random() < 0.4
     for i, (label, value) in enumerate(zip(chart.labels, chart.values, strict=True)):

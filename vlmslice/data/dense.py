@@ -68,8 +68,10 @@ def label_cells(
     cell_h, cell_w = (bottom - top) / rows, (right - left) / cols
     planes = {name: np.zeros((rows, cols), dtype=np.int64) for name in HEADS}
     for shape in scene.shapes:
-        t, l, b, r = shape.box
-        window = _cell_range(t - top, b - top, cell_h, rows), _cell_range(l - left, r - left, cell_w, cols)
+        window = (
+            _cell_range(shape.box[0] - top, shape.box[2] - top, cell_h, rows),
+            _cell_range(shape.box[1] - left, shape.box[3] - left, cell_w, cols),
+        )
         planes["kind"][window] = _KIND_LABEL[shape.kind]
         planes["color"][window] = _COLOR_LABEL[shape.color]
     for shape in scene.shapes:
@@ -78,8 +80,10 @@ def label_cells(
         if 0 <= row < rows and 0 <= col < cols:
             planes["center"][row, col] = 1
     for glyph in scene.glyphs:
-        t, l, b, r = glyph.box
-        window = _cell_range(t - top, b - top, cell_h, rows), _cell_range(l - left, r - left, cell_w, cols)
+        window = (
+            _cell_range(glyph.box[0] - top, glyph.box[2] - top, cell_h, rows),
+            _cell_range(glyph.box[1] - left, glyph.box[3] - left, cell_w, cols),
+        )
         planes["character"][window] = _CHARACTER_LABEL.get(glyph.character, 0)
     c = CELLS_PER_SIDE
     return {
@@ -196,7 +200,9 @@ class DenseCropDataset(Dataset):
         config = self.config
         shape_rng = sample_rng(config.seed, "crop-grid", index // config.group)
         sides = range(config.min_side, config.max_side + 1, 2)
-        grids = [(h, w) for h in sides for w in sides if config.max_patches // 2 <= h * w <= config.max_patches]
+        grids = [
+            (h, w) for h in sides for w in sides if config.max_patches // 2 <= h * w <= config.max_patches
+        ]
         grid = shape_rng.choice(grids)
         height, width = grid[0] * config.patch_size, grid[1] * config.patch_size
         rng = sample_rng(config.seed, "crop", index)

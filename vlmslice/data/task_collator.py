@@ -29,7 +29,9 @@ class TaskCollator:
         if not self.dense:
             return batch
         num_views, num_patches = batch["pixel_values"].shape[:2]
-        labels = {name: torch.zeros(num_views, num_patches, CELLS_PER_SIDE**2, dtype=torch.int64) for name in HEADS}
+        labels = {
+            name: torch.zeros(num_views, num_patches, CELLS_PER_SIDE**2, dtype=torch.int64) for name in HEADS
+        }
         row = 0
         for sample in samples:
             image = sample.scene.image

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field, replace
 from PIL import ImageDraw
 from torch.utils.data import Dataset
 
-from vlmslice.data.charts import chart_scene, chart_question
+from vlmslice.data.charts import chart_question, chart_scene
 from vlmslice.data.fonts import FontLibrary, load_font
 from vlmslice.data.scenes import (
     Scene,
@@ -142,7 +142,10 @@ def count_shapes(rng: random.Random, config: TaskConfig, fonts: FontLibrary) -> 
     radii = (0.8 * base, min(largest, 1.25 * base))
     if form == "all":
         one = rng.random() < 0.5
-        wanted = [(asked_kind, asked_color) if one else (rng.choice(KINDS), rng.choice(colors)) for _ in range(count)]
+        wanted = [
+            (asked_kind, asked_color) if one else (rng.choice(KINDS), rng.choice(colors))
+            for _ in range(count)
+        ]
         things = "shapes" if not one or rng.random() < 0.5 else plural(asked_kind)
     elif form == "kind":
         wanted = [(asked_kind, rng.choice(colors)) for _ in range(count)]
@@ -235,4 +238,3 @@ class TaskDataset(Dataset):
         rng = sample_rng(self.seed, self.name, index)
         task = rng.choices(list(step.weights), list(step.weights.values()))[0]
         return TASKS[task](rng, config, self.fonts)
-

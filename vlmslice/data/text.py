@@ -61,7 +61,8 @@ def _characters(rng: random.Random, split: str) -> str:
 
 
 _KINDS = (
-    (_word, 0.62), (_number, 0.08), (_price, 0.06), (_date, 0.05), (_code, 0.05), (_punctuated, 0.1), (_characters, 0.04)
+    (_word, 0.62), (_number, 0.08), (_price, 0.06), (_date, 0.05), (_code, 0.05), (_punctuated, 0.1),
+    (_characters, 0.04),
 )  # fmt: skip
 
 
