@@ -126,7 +126,7 @@ CURRICULUM = [
     Curriculum(
         40_000,
         TaskConfig(
-            megapixels=(0.008, 0.04), num_words=(1, 1), max_characters=8, font_px=(14, 40), max_count=4
+            megapixels=(0.004, 0.015), num_words=(1, 1), max_characters=6, font_px=(14, 28), max_count=3
         ),
         {"read": 0.8, "count": 0.2},
     ),
