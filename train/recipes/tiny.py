@@ -111,7 +111,8 @@ def tiny() -> list[Stage]:
     """Teaches a toy eye cell labels and then to answer: seconds, not useful figures.
 
     Command: `python train/train.py --recipe tiny`
-    Hardware: one CPU core, 1 GB. Time: TIME. Expected: the loss falls from LOSSES (stage answer).
+    Hardware: one CPU core, 1 GB. Time: 5 s of training after 9 s of imports. Expected: the loss of stage answer falls
+    from 5.6 to 3.3.
     """
     fonts = FontLibrary("train", [matplotlib_font_dir()])
     eye = Stage(
