@@ -25,7 +25,7 @@ def features_of(grids: list[tuple[int, int]], seed: int = 0, padding: float = 0.
     generator = torch.Generator().manual_seed(seed)
     features = torch.randn(len(grids), num_patches, 32, generator=generator)
     _, valid = patch_coordinates(target_sizes, num_patches)
-    features[~valid] = padding
+    features[~valid] *= padding
     return features, valid, target_sizes
 
 
@@ -157,7 +157,7 @@ class TestAnchors:
 
     @pytest.mark.parametrize("grid", [(4, 4), (8, 6), (14, 14), (2, 30)])
     def test_spatial_resampler_attends_to_its_block(self, grid):
-        """With heads of 64: 62 % of the attention on the 4 patches of the block, 85 % one patch further, of 196."""
+        """Of 196 patches, the 4 of its block get 91 % of the attention (2 % would be even), one more ring 99.9 %."""
         module = make("spatial_resampler", connector_heads=8, connector_head_dim=64)
         assert isinstance(module, SpatialResampler)
         weights = attention_of(module, grid)
@@ -167,8 +167,8 @@ class TestAnchors:
         own = (patches[0][None] // 2 == blocks[0][:, None]).all(-1)
         near = (patches[0][None] + 0.5 - (blocks[0][:, None] * 2 + 1)).abs().amax(-1) <= 1.5
         assert own.sum(-1).tolist() == [4] * len(weights)
-        assert (weights * own).sum(-1).min() > 0.5
-        assert (weights * near).sum(-1).min() > 0.75
+        assert (weights * own).sum(-1).min() > 0.9
+        assert (weights * near).sum(-1).min() > 0.99
 
     def test_each_head_looks_at_its_own_patch(self):
         module = make("spatial_resampler", connector_heads=4, connector_head_dim=64)
@@ -183,7 +183,7 @@ class TestAnchors:
         inner = slice(4, 10)
         for moved, shift in ((right, (0, 2)), (below, (2, 0))):
             shifted = moved.roll((-shift[0], -shift[1]), dims=(0, 1))
-            assert (shifted[inner, inner] - here[inner, inner]).abs().max() < 0.02
+            assert (shifted[inner, inner] - here[inner, inner]).abs().max() < 1e-4
             assert here[inner, inner].max() > 0.1
 
     def test_tokens_move_with_the_picture(self):
@@ -213,7 +213,7 @@ class TestAnchors:
         assert isinstance(module, Resampler)
         weights = attention_of(module, (12, 12)).view(9, 3, 4, 3, 4).sum((2, 4)).flatten(1)
         assert weights.argmax(-1).tolist() == list(range(9))
-        assert weights.diagonal().min() > 0.5
+        assert weights.diagonal().min() > 0.9
 
     @all_connectors
     def test_content_reaches_the_token(self, connector):

@@ -22,7 +22,7 @@ from torch.nn import functional as F
 from transformers import GPT2Config
 
 from vlmslice.data.dense import CELLS_PER_SIDE, HEADS
-from vlmslice.modeling import VlmSliceForConditionalGeneration
+from vlmslice.modeling import VlmSliceForConditionalGeneration, _is_overview
 from vlmslice.vision_encoder import VlmSliceVisionConfig
 
 all_connectors = pytest.mark.parametrize("connector", CONNECTORS)
@@ -108,11 +108,11 @@ class TestAgreement:
         assert answers == [batched_answers("spatial_resampler")[i] for i in order]
 
     def test_logits_of_a_batch_are_those_of_its_samples(self):
-        """Greedy tokens could agree by luck; largest difference seen 2e-5 of logits up to 60."""
+        """Greedy tokens could agree by luck; largest difference seen 1e-5, of logits up to 21."""
         batched = logits(shared_model(), shared_inputs(), logits_to_keep=1)
         for sample in range(len(CHATS)):
             single = logits(shared_model(), shared_inputs("spatial_resampler", sample), logits_to_keep=1)
-            torch.testing.assert_close(batched[sample], single[0], atol=1e-3, rtol=0)
+            torch.testing.assert_close(batched[sample], single[0], atol=2e-4, rtol=0)
 
     @all_connectors
     @pytest.mark.parametrize("way", ["set", "load"])
@@ -177,9 +177,9 @@ class TestImagesMatter:
     def test_order_of_images_matters(self, connector):
         processor, model = tiny_processor(connector), shared_model(connector)
         one, two = noise_image(70, 60, seed=1), noise_image(70, 60, seed=2)
-        there = answer(model, encode(processor, chat("compare", one, two)))
-        back = answer(model, encode(processor, chat("compare", two, one)))
-        assert there != back
+        there = logits(model, encode(processor, chat("compare", one, two)))
+        back = logits(model, encode(processor, chat("compare", two, one)))
+        assert (there - back)[0, -1].abs().max() > 0.1
 
     @all_connectors
     def test_every_view_reaches_the_answer(self, connector):
@@ -189,6 +189,11 @@ class TestImagesMatter:
             pixel_values = inputs["pixel_values"].clone()
             pixel_values[view, 0] += 1.0
             assert (logits(model, inputs | {"pixel_values": pixel_values}) - before).abs().max() > 1e-2
+
+    def test_overview_is_the_first_view_of_a_cut_image(self):
+        """An image that is not cut has one view, which is its slice."""
+        marks = _is_overview(torch.tensor([1, 3, 1, 2]))
+        assert marks.tolist() == [False, True, False, False, False, True, False]
 
     def test_placeholder_embedding_is_replaced(self):
         """What the embedding table holds for the placeholder itself must not matter."""
