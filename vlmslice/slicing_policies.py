@@ -135,8 +135,8 @@ def _best_grid(height: int, width: int, config: SlicingConfig) -> tuple[_Grid, t
     it can hold, 0.16 + 3 * 0.16 = 0.66; (1, 2) has 0.75 and uses three quarters, 0.08 + 0.08 / 3 = 0.11, and
     wins; neither has a misfit worth mentioning.
 
-    Quotients are of whole numbers, the larger above, so that equal scores are equal bit for bit; a tie goes
-    to fewer slices, then to fewer rows.
+    Quotients are of whole numbers, the larger above, so that equal scores are equal bit for bit; a tie goes to
+    fewer rows.
     """
     grids = []
     for grid in _allowed_grids(config):
@@ -157,11 +157,11 @@ def _best_grid(height: int, width: int, config: SlicingConfig) -> tuple[_Grid, t
         lost = math.log(pixels / room) if pixels > room else 0.0
         unused = math.log(num_slices * config.max_blocks_per_slice * block_pixels / min(pixels, room))
         score = math.log(elongation) ** 2 + _UNUSED_AREA_WEIGHT * unused**2 + _LOST_DETAIL_WEIGHT * lost**2
-        ranked.append((score, num_slices, grid))
+        ranked.append((score, grid))
     ranked.sort()
 
     best_score = math.inf
-    for score, _, grid in ranked:
+    for score, grid in ranked:
         if score >= best_score:
             break  # no later one can win either, as a misfit only adds
         fit = _fit_blocks(height, width, grid, config.block_size)
