@@ -164,7 +164,7 @@ class OverlapStem(nn.Module):
 
 @torch.no_grad()
 def _initialise_for_small_runs(vit: NaFlexVit) -> None:
-    """Weights whose outputs keep the scale of their inputs, and sine-cosine positions as large as the content.
+    """Weights whose outputs keep the scale of their inputs, and sine-cosine positions about as large as the content.
 
     timm's defaults (0.02 everywhere, shrunk further by depth) suit long runs of wide models. At width 256 they make
     every block nearly the identity and leave positions at a tenth of the patch content.

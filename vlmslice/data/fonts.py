@@ -33,10 +33,11 @@ HELD_OUT_FAMILIES = frozenset(
 # Symbols in Latin places, small capitals for lower case, or shapes that a reader would not call letters.
 _UNSUITABLE_FAMILIES = frozenset(
     {
-        "Alfa-beta", "API  PHONÉTIQUE", "BABEL Unicode", "cmex10", "cmmi10", "cmsy10", "D050000L", "Ellhnikh",
-        "IPA  PHONETICS", "Jara", "Junkyard", "Latin Modern Math", "Latin Modern Mono Caps",
-        "Latin Modern Roman Caps", "Linux Biolinum Keyboard O", "Mekanus ADF Titling Std", "Penguin Attack",
-        "Standard Symbols PS", "STIXSizeOneSym", "Symbola", "TeX Gyre Chorus", "Kristi", "Noto Sans Math",
+        "Alfa-beta", "API  PHONÉTIQUE", "BABEL Unicode", "cmb10", "cmex10", "cmmi10", "cmr10", "cmss10", "cmsy10",
+        "cmti10", "D050000L", "Ellhnikh", "IPA  PHONETICS", "Jara", "Junkyard", "Kristi",
+        "Last Resort High-Efficiency", "Latin Modern Math", "Latin Modern Mono Caps", "Latin Modern Roman Caps",
+        "Linux Biolinum Keyboard O", "Mekanus ADF Titling Std", "Noto Sans Math", "Penguin Attack",
+        "Standard Symbols PS", "STIXSizeOneSym", "Symbola", "TeX Gyre Chorus",
     }
 )  # fmt: skip
 
