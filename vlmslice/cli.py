@@ -65,7 +65,7 @@ def _root(
 ) -> None:
     """A vision-language model that cuts images into slices of the shape it was trained on.
 
-    - `vlmslice ask receipt.png "What does the image say?"`
+    - `vlmslice ask receipt.png "What is written in the image?"`
     - `vlmslice plan 1920x1080`
     """
 
@@ -91,7 +91,7 @@ def ask(
 ) -> None:
     """Ask about images; the answer streams as it is made.
 
-    - `vlmslice ask receipt.png "What does the image say?"`
+    - `vlmslice ask receipt.png "What is written in the image?"`
     - `vlmslice ask chart.png "Which bar is tallest?" --show-slices out.png`
     - `vlmslice ask one.png two.png "What do they say?" --json`
     - `cat shapes.png | vlmslice ask - "How many circles are there?"`

@@ -44,7 +44,7 @@ class Assistant:
 
     ```python
     assistant = Assistant.from_pretrained()  # the bundled model
-    answer = assistant.ask(["receipt.png"], "What does the image say?")
+    answer = assistant.ask(["receipt.png"], "What is written in the image?")
     ```
     """
 
