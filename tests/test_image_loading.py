@@ -30,6 +30,7 @@ from vlmslice.image_loading import (
     ImageTooLargeError,
     image_from_array,
     load_image,
+    read_image_size,
 )
 
 ORIENTATION_TAG = 0x0112
@@ -175,6 +176,8 @@ class TestOrientation:
             loaded = load_image(source)  # type: ignore[arg-type]
             assert loaded.size == upright.size, name
             assert np.abs(pixels(loaded) - pixels(upright)).max() <= 3, name
+            if not hasattr(source, "read"):  # a stream has been read to its end
+                assert read_image_size(source) == (upright.height, upright.width), name  # type: ignore[arg-type]
             np.testing.assert_array_equal(pixels(load_image(loaded)), pixels(loaded), err_msg="turned twice")
 
     def test_agrees_with_pillow(self) -> None:

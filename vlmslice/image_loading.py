@@ -174,7 +174,10 @@ def read_image_size(source: ImageSource, *, limits: ImageLimits = ImageLimits())
     if isinstance(image, ImageFile.ImageFile):
         _check_header(image, name, limits)
     width, height = image.size
-    return (width, height) if _orientation(image) >= 5 else (height, width)
+    turned = (
+        _orientation(image) >= 5 and image.format != "TIFF"
+    )  # Pillow gives the upright size of a TIFF itself.
+    return (width, height) if turned else (height, width)
 
 
 def image_from_array(array: np.ndarray) -> Image.Image:
