@@ -1,19 +1,18 @@
 """Writes the report card of a model: frozen rendered samples, answered and scored.
 
 Example:
-    python train/report_card.py --model vlmslice/models/nano --output docs/report-card.md
+    python train/report_card.py --model vlmslice/models/nano --num-samples 60
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+from dataclasses import asdict
 from pathlib import Path
 
-from transformers import AutoProcessor
-
-from vlmslice import VlmSliceForConditionalGeneration
-from vlmslice.evaluation import METRICS, as_rows, evaluation_samples, predict
+from vlmslice import Assistant
+from vlmslice.evaluation import METRICS, evaluation_samples, predict
 
 
 def main() -> None:
@@ -25,14 +24,13 @@ def main() -> None:
     parser.add_argument("--predictions", type=Path, help="write every answer to this JSONL file")
     parser.add_argument("--output", type=Path, help="write the Markdown table to this file")
     arguments = parser.parse_args()
-    model = VlmSliceForConditionalGeneration.from_pretrained(arguments.model, dtype="float32").eval()
-    processor = AutoProcessor.from_pretrained(arguments.model)
+    assistant = Assistant.from_pretrained(arguments.model)
     lines = ["| task | samples | metric | value | median seconds |", "|---|---|---|---|---|"]
     rows = []
     for task, (name, metric) in METRICS.items():
         samples = evaluation_samples(task, arguments.num_samples)
-        predictions = predict(model, processor, samples, arguments.num_samples)
-        rows += as_rows(predictions)
+        predictions = predict(assistant, samples, arguments.num_samples)
+        rows += map(asdict, predictions)
         seconds = sorted(p.seconds for p in predictions)[len(predictions) // 2]
         lines.append(f"| {task} | {len(predictions)} | {name} | {metric(predictions):.1%} | {seconds:.2f} |")
     table = "\n".join(lines)

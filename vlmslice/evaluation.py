@@ -2,19 +2,15 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Iterable
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import dataclass
 
 import jiwer
-import torch
 from tqdm import tqdm
 
 from vlmslice.data.fonts import FontLibrary
 from vlmslice.data.tasks import Curriculum, TaskConfig, TaskDataset, TaskSample
-from vlmslice.modeling import VlmSliceForConditionalGeneration
-from vlmslice.processing import VlmSliceProcessor
+from vlmslice.inference import Assistant
 
 EVALUATION_SEED = 20_261_122
 
@@ -42,28 +38,18 @@ def evaluation_samples(task: str, num_samples: int) -> Iterable[TaskSample]:
     return (dataset[i] for i in range(num_samples))
 
 
-@torch.inference_mode()
 def predict(
-    model: VlmSliceForConditionalGeneration,
-    processor: VlmSliceProcessor,
-    samples: Iterable[TaskSample],
-    total: int | None = None,
-    max_new_tokens: int = 80,
+    assistant: Assistant, samples: Iterable[TaskSample], total: int | None = None
 ) -> list[Prediction]:
-    """Answers samples one by one, greedily, through the chat path that users take."""
+    """Answers samples one by one, as a user's question would be answered.
+
+    Args:
+        total: number of samples, for the progress bar.
+    """
     predictions = []
     for sample in tqdm(samples, total=total, unit="image"):
         image = sample.scene.image
-        start = time.perf_counter()
-        content = [{"type": "image", "image": image}, {"type": "text", "text": sample.question}]
-        inputs = processor.apply_chat_template(
-            [{"role": "user", "content": content}],
-            add_generation_prompt=True,
-            tokenize=True,
-            return_dict=True,
-        )
-        ids = model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False)
-        text = processor.decode(ids[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+        answer = assistant.ask([image], sample.question, max_new_tokens=80)
         predictions.append(
             Prediction(
                 sample.task,
@@ -71,9 +57,9 @@ def predict(
                 image.width,
                 sample.question,
                 sample.answer,
-                text,
-                int((inputs["input_ids"] == processor.image_token_id).sum()),
-                time.perf_counter() - start,
+                answer.text,
+                answer.num_visual_tokens,
+                sum(answer.seconds.values()),
             )
         )
     return predictions
@@ -94,7 +80,3 @@ METRICS: dict[str, tuple[str, Callable[[list[Prediction]], float]]] = {
     "count": ("exact share", exact_share),
     "chart": ("exact share", exact_share),
 }
-
-
-def as_rows(predictions: list[Prediction]) -> list[dict[str, Any]]:
-    return [asdict(p) for p in predictions]
