@@ -537,6 +537,7 @@ def test_saved_model_answers(composed, draw_image):
     assert model.generation_config.eos_token_id == processor.tokenizer.convert_tokens_to_ids(END)
     assert model.generation_config.pad_token_id == processor.tokenizer.pad_token_id
     assert model.config.image_token_id == processor.tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)
+    assert model.generation_config.suppress_tokens == [model.config.image_token_id]
     assert model.config.slicing_config == processor.image_processor.slicing_config
     assert processor.tokenizer.chat_template == processor.chat_template
     embeddings = model.get_input_embeddings().weight.detach()

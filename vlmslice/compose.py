@@ -22,7 +22,7 @@ import transformers
 import typer
 from rich.console import Console
 from torch import nn
-from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from vlmslice.config import VlmSliceConfig
 from vlmslice.connectors import build_connector
@@ -164,7 +164,8 @@ def compose(
         except ValueError as error:
             raise ComposeError(str(error)) from error
         model = _join(config, eye, text).to(getattr(torch, dtype))
-    model.generation_config = _generation_config(text.tokenizer)
+    model.stop_as(text.tokenizer)
+    model.generation_config.do_sample = False
     num_parameters = {
         "vision encoder": _count(model.vision_encoder),
         "connector": _count(model.connector) + _count(model.canvas_position),
@@ -276,15 +277,6 @@ def _join(
     model.canvas_position = CanvasPosition(config)
     model.language_model = text.model
     return model
-
-
-def _generation_config(tokenizer: PreTrainedTokenizerBase) -> GenerationConfig:
-    return GenerationConfig(
-        do_sample=False,
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-    )
 
 
 def _count(module: nn.Module) -> int:

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import torch
 import torch.nn.functional as F
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 from vlmslice.data.dense import CELLS_PER_SIDE, HEADS
 from vlmslice.vision_encoder import VlmSliceVisionConfig, VlmSliceVisionEncoder
 
 # Most cells show nothing; what is there weighs more than where nothing is.
-_EMPTY_WEIGHT = 0.15
+_EMPTY_WEIGHTS = {"character": 0.15, "kind": 0.15, "color": 0.15, "center": 0.05}
 _LOSS_WEIGHTS = {"character": 1.0, "kind": 0.3, "color": 0.3, "center": 1.0}
 
 
@@ -46,7 +49,7 @@ def dense_loss(
     for name, label in labels.items():
         label, logit = label[valid], logits[name][valid].float()
         weight = torch.ones(logit.shape[-1], device=logit.device)
-        weight[0] = _EMPTY_WEIGHT if name != "center" else 0.05
+        weight[0] = _EMPTY_WEIGHTS[name]
         total = total + _LOSS_WEIGHTS[name] * F.cross_entropy(logit.flatten(0, 1), label.flatten(), weight)
         with torch.no_grad():
             present = label > 0
@@ -70,3 +73,20 @@ class DenseReader(nn.Module):
         labels = {name: labels[f"label_{name}"] for name in HEADS}
         loss, right = dense_loss(logits, labels, valid)
         return {"loss": loss, "metrics": {f"{name}_right": value for name, value in right.items()}}
+
+
+_WEIGHTS = "model.safetensors"
+
+
+def save_dense_reader(reader: nn.Module, folder: Path) -> None:
+    """Saves the weights of a `DenseReader`, for `adopt_dense_reader`."""
+    save_file(reader.state_dict(), folder / _WEIGHTS)
+
+
+def adopt_dense_reader(folder: Path, encoder: VlmSliceVisionEncoder, head: DenseHead | None = None) -> None:
+    """Loads what `save_dense_reader` saved into an encoder and, if there is one, a head."""
+    weights = load_file(folder / _WEIGHTS)
+    for prefix, module in (("encoder.", encoder), ("head.", head)):
+        if module is not None:
+            part = {k.removeprefix(prefix): v for k, v in weights.items() if k.startswith(prefix)}
+            module.load_state_dict(part)

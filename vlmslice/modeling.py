@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM, GenerationMixin, PreTrainedModel
+from transformers import AutoModelForCausalLM, GenerationMixin, PreTrainedModel, PreTrainedTokenizerBase
 from transformers import initialization as init
 from transformers.modeling_outputs import BaseModelOutputWithPooling, CausalLMOutputWithPast
 
@@ -22,7 +22,7 @@ from vlmslice.connectors import (
 )
 from vlmslice.dense_reader import DenseHead, dense_loss
 from vlmslice.position_embedding import sincos_2d
-from vlmslice.vision_encoder import VlmSliceVisionEncoder
+from vlmslice.vision_encoder import VlmSliceVisionEncoder, patch_coordinates
 
 
 @dataclass
@@ -120,6 +120,11 @@ class VlmSliceForConditionalGeneration(VlmSlicePreTrainedModel, GenerationMixin)
         # A placeholder is no answer. Without a cache it would even be taken for one of the prompt at the next step.
         self.generation_config.suppress_tokens = [config.image_token_id]
 
+    def stop_as(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        """Makes `generate` begin, end and pad with the tokens of `tokenizer`."""
+        for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
+            setattr(self.generation_config, name, getattr(tokenizer, name))
+
     def get_input_embeddings(self) -> nn.Module:
         return self.language_model.get_input_embeddings()
 
@@ -166,12 +171,7 @@ class VlmSliceForConditionalGeneration(VlmSlicePreTrainedModel, GenerationMixin)
             tokens_VQE = tokens_VQE + self.canvas_position(
                 cells_VQ2, grids_V2, canvas_boxes, _is_overview(num_views)
             )
-        tokens_per_view = valid_VQ.sum(dim=1)
-        starts = num_views.cumsum(0) - num_views
-        tokens_per_image = [
-            int(tokens_per_view[s : s + n].sum())
-            for s, n in zip(starts.tolist(), num_views.tolist(), strict=True)
-        ]
+        tokens_per_image = [int(tokens.sum()) for tokens in valid_VQ.sum(dim=1).split(num_views.tolist())]
         return BaseModelOutputWithPooling(
             last_hidden_state=features_VTD, pooler_output=tokens_VQE[valid_VQ].split(tokens_per_image)
         )
@@ -182,12 +182,8 @@ class VlmSliceForConditionalGeneration(VlmSlicePreTrainedModel, GenerationMixin)
         if num_queries is None:
             merge_size = self.config.slicing["merge_size"]
             return block_places(target_sizes, merge_size)[0], target_sizes // merge_size
-        rows, cols = query_grid(num_queries)
-        index = torch.arange(num_queries, device=target_sizes.device)
-        cells_Q2 = torch.stack([index // cols, index % cols], dim=-1)
-        return cells_Q2.expand(len(target_sizes), -1, -1), target_sizes.new_tensor([rows, cols]).expand_as(
-            target_sizes
-        )
+        grids_V2 = target_sizes.new_tensor(query_grid(num_queries)).expand_as(target_sizes)
+        return patch_coordinates(grids_V2, num_queries)[0], grids_V2
 
     def get_placeholder_mask(self, input_ids: torch.Tensor, tokens_per_image: list[int]) -> torch.Tensor:
         """True at the placeholders, after checking every sample's count against its images.
@@ -254,9 +250,7 @@ class VlmSliceForConditionalGeneration(VlmSlicePreTrainedModel, GenerationMixin)
             metrics = {"language_loss": loss.detach()}
             if self.dense_head is not None and dense_labels and image_outputs is not None:
                 features = image_outputs.last_hidden_state
-                valid = torch.arange(features.shape[1], device=features.device) < target_sizes.prod(
-                    1, keepdim=True
-                )
+                _, valid = patch_coordinates(target_sizes, features.shape[1])
                 dense, right = dense_loss(self.dense_head(features), dense_labels, valid)
                 loss = loss + self.config.dense_loss_weight * dense
                 metrics |= {f"{name}_right": value for name, value in right.items()}

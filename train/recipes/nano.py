@@ -5,7 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import LlamaConfig
 
@@ -19,7 +18,7 @@ from vlmslice.data.dense import DenseCropConfig, DenseCropDataset, collate_crops
 from vlmslice.data.fonts import FontLibrary
 from vlmslice.data.task_collator import TaskCollator
 from vlmslice.data.tasks import Curriculum, TaskConfig, TaskDataset
-from vlmslice.dense_reader import DenseReader
+from vlmslice.dense_reader import DenseReader, adopt_dense_reader, save_dense_reader
 from vlmslice.slicing import SlicingConfig
 from vlmslice.tokenization import build_byte_tokenizer
 from vlmslice.training import Stage
@@ -78,10 +77,6 @@ def _build_eye(previous: Path | None) -> nn.Module:
     return DenseReader(VlmSliceVisionConfig(**VISION))
 
 
-def _save_eye(model: nn.Module, folder: Path) -> None:
-    save_file(model.state_dict(), folder / "model.safetensors")
-
-
 def _build_reader(previous: Path | None, connector: str = "spatial_resampler") -> nn.Module:
     """The whole model, its encoder and dense head taken over from the stage before."""
     torch.manual_seed(1)
@@ -89,19 +84,14 @@ def _build_reader(previous: Path | None, connector: str = "spatial_resampler") -
     model = VlmSliceForConditionalGeneration(config)
     model.set_attn_implementation({"text_config": "eager"})
     if previous is not None:
-        weights = load_file(previous / "model.safetensors")
-        for module, prefix in ((model.vision_encoder, "encoder."), (model.dense_head, "head.")):
-            module.load_state_dict(
-                {k.removeprefix(prefix): v for k, v in weights.items() if k.startswith(prefix)}
-            )
+        adopt_dense_reader(previous, model.vision_encoder, model.dense_head)
     return model
 
 
 def _save_reader(model: nn.Module, folder: Path) -> None:
     """Weights in bf16 with everything that `from_pretrained` needs; the dense head stays out."""
     processor = build_processor()
-    model.generation_config.eos_token_id = processor.tokenizer.eos_token_id
-    model.generation_config.pad_token_id = processor.tokenizer.pad_token_id
+    model.stop_as(processor.tokenizer)
     model.config.dense_loss_weight = 0.0
     model.dense_head = None
     model.to(torch.bfloat16).save_pretrained(folder)
@@ -167,7 +157,7 @@ def nano() -> list[Stage]:
             "warmup_steps": 200,
             "max_steps": 10_000,
         },
-        save=_save_eye,
+        save=save_dense_reader,
     )
     read = Stage(
         name="read",

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import LlamaConfig
 
@@ -18,7 +17,7 @@ from vlmslice.data.dense import DenseCropConfig, DenseCropDataset, collate_crops
 from vlmslice.data.fonts import FontLibrary, matplotlib_font_dir
 from vlmslice.data.task_collator import TaskCollator
 from vlmslice.data.tasks import Curriculum, TaskConfig, TaskDataset
-from vlmslice.dense_reader import DenseReader
+from vlmslice.dense_reader import DenseReader, adopt_dense_reader, save_dense_reader
 from vlmslice.slicing import SlicingConfig
 from vlmslice.tokenization import build_byte_tokenizer
 from vlmslice.training import Stage
@@ -51,10 +50,6 @@ def build_eye(previous: Path | None) -> nn.Module:
     return DenseReader(build_vision_config())
 
 
-def save_eye(model: nn.Module, folder: Path) -> None:
-    save_file(model.state_dict(), folder / "model.safetensors")
-
-
 def build_model(previous: Path | None) -> nn.Module:
     """The whole model; its encoder comes from the stage before."""
     processor = build_processor()
@@ -80,12 +75,9 @@ def build_model(previous: Path | None) -> nn.Module:
         image_token_id=processor.image_token_id,
     )
     model = VlmSliceForConditionalGeneration(config)
-    model.generation_config.eos_token_id = tokenizer.eos_token_id
-    model.generation_config.pad_token_id = tokenizer.pad_token_id
+    model.stop_as(tokenizer)
     if previous is not None:
-        weights = load_file(previous / "model.safetensors")
-        encoder = {k.removeprefix("encoder."): v for k, v in weights.items() if k.startswith("encoder.")}
-        model.vision_encoder.load_state_dict(encoder)
+        adopt_dense_reader(previous, model.vision_encoder)
     return model
 
 
@@ -123,7 +115,7 @@ def tiny() -> list[Stage]:
         ),
         collator=collate_crops,
         arguments=COMMON | {"max_steps": 60, "train_sampling_strategy": "sequential"},
-        save=save_eye,
+        save=save_dense_reader,
     )
     answer = Stage(
         name="answer",
