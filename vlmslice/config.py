@@ -1,6 +1,5 @@
 """VlmSliceConfig: the one place where the parts of a model agree on their sizes."""
 
-import difflib
 from dataclasses import field
 from typing import Any
 
@@ -8,6 +7,7 @@ from huggingface_hub.dataclasses import strict
 from transformers import AutoConfig, PreTrainedConfig
 from transformers.configuration_utils import SubConfigSpec
 
+from vlmslice.errors import suggestion
 from vlmslice.slicing import SlicingConfig
 from vlmslice.vision_encoder import VlmSliceVisionConfig
 
@@ -53,10 +53,9 @@ class VlmSliceConfig(PreTrainedConfig):
         super().__post_init__(**kwargs)
         self.slicing = SlicingConfig.from_dict(self.slicing).to_dict()
         if self.connector not in CONNECTORS:
-            close = difflib.get_close_matches(self.connector, CONNECTORS, 1)
-            hint = f"; did you mean {close[0]!r}?" if close else ""
             raise ValueError(
-                f"connector is {self.connector!r}, expected one of {', '.join(CONNECTORS)}{hint}"
+                f"connector is {self.connector!r}, expected one of {', '.join(CONNECTORS)}"
+                f"{suggestion(self.connector, CONNECTORS)}"
             )
         if self.slicing["patch_size"] != self.vision_config.patch_size:
             raise ValueError(

@@ -182,13 +182,11 @@ class Resampler(nn.Module):
     ) -> tuple[torch.Tensor, torch.Tensor]:
         num_views = features_VTD.shape[0]
         patch_places_VT2, _ = patch_coordinates(target_sizes, features_VTD.shape[1])
-        rows, cols = query_grid(self.num_queries)
-        index = torch.arange(self.num_queries, device=features_VTD.device)
-        cells_Q2 = torch.stack([(index // cols + 0.5) / rows, (index % cols + 0.5) / cols], dim=-1)
-        places_VQ2 = cells_Q2 * target_sizes[:, None] - 0.5
+        grids_V2 = target_sizes.new_tensor(query_grid(self.num_queries)).expand_as(target_sizes)
+        cells_VQ2, valid_VQ = patch_coordinates(grids_V2, self.num_queries)
+        places_VQ2 = (cells_VQ2 + 0.5) / grids_V2[:, None] * target_sizes[:, None] - 0.5
         content_VQD = self.queries.expand(num_views, -1, -1)
         mixed_VQD = self.attention(content_VQD, places_VQ2, features_VTD, patch_places_VT2, valid_VT)
-        valid_VQ = torch.ones(num_views, self.num_queries, dtype=torch.bool, device=features_VTD.device)
         return self.head(content_VQD + mixed_VQD), valid_VQ
 
 

@@ -174,9 +174,8 @@ def read_image_size(source: ImageSource, *, limits: ImageLimits = ImageLimits())
     if isinstance(image, ImageFile.ImageFile):
         _check_header(image, name, limits)
     width, height = image.size
-    turned = (
-        _orientation(image) >= 5 and image.format != "TIFF"
-    )  # Pillow gives the upright size of a TIFF itself.
+    # Pillow gives the upright size of a TIFF itself.
+    turned = _orientation(image) >= 5 and image.format != "TIFF"
     return (width, height) if turned else (height, width)
 
 

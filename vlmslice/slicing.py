@@ -35,12 +35,11 @@ descends; `minicpm` is that rule as MiniCPM-V 4.6 computes it.
 from __future__ import annotations
 
 import dataclasses
-import difflib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from vlmslice.errors import VlmSliceError
+from vlmslice.errors import VlmSliceError, suggestion
 from vlmslice.slicing_policies import POLICIES
 
 
@@ -284,9 +283,7 @@ def _view(box: tuple[int, int, int, int], patch_grid: tuple[int, int], config: S
 
 
 def _unknown_name(kind: str, name: object, known: Iterable[str]) -> str:
-    nearest = difflib.get_close_matches(str(name), known, n=1)
-    hint = f"; did you mean {nearest[0]!r}?" if nearest else ""
-    return f"unknown {kind} {name!r}; expected one of {', '.join(known)}{hint}"
+    return f"unknown {kind} {name!r}; expected one of {', '.join(known)}{suggestion(name, known)}"
 
 
 _DEFAULT_CONFIG = SlicingConfig()

@@ -8,8 +8,6 @@ cut and flattened, each view brings its own patch grid, and the learned position
 """
 
 import dataclasses
-import difflib
-from collections.abc import Iterable
 from typing import Any
 
 import timm
@@ -20,6 +18,7 @@ from timm.models.naflexvit import NaFlexVit, NaFlexVitCfg
 from torch import nn
 from transformers import PreTrainedConfig
 
+from vlmslice.errors import suggestion
 from vlmslice.position_embedding import sincos_2d
 
 _GENERIC = "naflexvit"
@@ -65,7 +64,11 @@ def build_timm_vit(config: VlmSliceVisionConfig) -> NaFlexVit:
         ValueError: timm has no such ViT in NaFlex form, its width or patch size differ from the config, or a field
             of the config has no meaning.
     """
-    vit = _build_plain_vit(config) if config.architecture == _GENERIC else _build_named_vit(config)
+    vit = (
+        _build_plain_vit(config)
+        if config.architecture == _GENERIC
+        else build_named_vit(config.architecture, config.timm_kwargs)
+    )
     got = (vit.embed_dim, vit.embeds.patch_size[0])
     if got != (config.hidden_size, config.patch_size):
         raise ValueError(
@@ -96,14 +99,19 @@ def _build_plain_vit(config: VlmSliceVisionConfig) -> NaFlexVit:
     for name in kwargs:
         if name not in names:
             raise ValueError(
-                f"timm_kwargs has {name!r}, expected fields of timm's NaFlexVitCfg{_suggestion(name, names)}"
+                f"timm_kwargs has {name!r}, expected fields of timm's NaFlexVitCfg{suggestion(name, names)}"
             )
     cfg = NaFlexVitCfg(patch_size=config.patch_size, embed_dim=config.hidden_size, **kwargs)
     return NaFlexVit(cfg, num_classes=0)
 
 
-def _build_named_vit(config: VlmSliceVisionConfig) -> NaFlexVit:
-    name, kwargs = config.architecture, dict(config.timm_kwargs or {})
+def build_named_vit(name: str, timm_kwargs: dict[str, Any] | None = None) -> NaFlexVit:
+    """Builds a ViT of timm in its NaFlex form, with random weights and without a head.
+
+    Raises:
+        ValueError: timm has no such model, or it has no NaFlex form.
+    """
+    kwargs = dict(timm_kwargs or {})
     if is_model_in_modules(name, _CONVERTIBLE_MODULES):
         kwargs["use_naflex"] = True
     elif not is_model_in_modules(name, [_NAFLEX_MODULE]):
@@ -111,14 +119,9 @@ def _build_named_vit(config: VlmSliceVisionConfig) -> NaFlexVit:
         names = [known for module in modules for known in timm.list_models(module=module)]
         raise ValueError(
             f"vision architecture {name!r} is no timm ViT that has a NaFlex form, expected a model of timm's "
-            f"{', '.join(modules)}{_suggestion(name, [_GENERIC, *names])}"
+            f"{', '.join(modules)}{suggestion(name, [_GENERIC, *names])}"
         )
     return timm.create_model(name, pretrained=False, num_classes=0, **kwargs)
-
-
-def _suggestion(name: str, names: Iterable[str]) -> str:
-    close = difflib.get_close_matches(name, names, 1)
-    return f"; did you mean {close[0]!r}?" if close else ""
 
 
 class OverlapStem(nn.Module):

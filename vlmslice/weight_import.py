@@ -6,7 +6,6 @@ code when they are loaded and are refused. Nothing is fetched, and no code that 
 
 from __future__ import annotations
 
-import difflib
 import hashlib
 import json
 import math
@@ -33,12 +32,12 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from vlmslice.errors import VlmSliceError
+from vlmslice.errors import VlmSliceError, suggestion
 from vlmslice.image_processing import VlmSliceImageProcessor
 from vlmslice.onnx_vit import OnnxVit, onnx_image_size, read_onnx_vit, run_onnx_stream
 from vlmslice.tokenization import build_byte_tokenizer
 from vlmslice.view_packing import split_into_patches
-from vlmslice.vision_encoder import VlmSliceVisionConfig, VlmSliceVisionEncoder
+from vlmslice.vision_encoder import VlmSliceVisionConfig, VlmSliceVisionEncoder, build_named_vit
 
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "tokenizer_config.json")
@@ -328,16 +327,15 @@ def _vision_config(
 ) -> VlmSliceVisionConfig:
     """The config of a timm architecture, with width and patch size read off timm's module."""
     if not timm.is_model(architecture):
-        close = difflib.get_close_matches(architecture, timm.list_models(), 1)
-        hint = f"; did you mean {close[0]!r}?" if close else ""
+        hint = suggestion(architecture, timm.list_models())
         raise ImportWeightsError(
             f"vision is {architecture!r}, neither a file nor a model of timm {timm.__version__}{hint}; expected a timm "
             "ViT, an .onnx or .safetensors file, or a model folder"
         )
     try:
         with torch.device("meta"):
-            vit: Any = timm.create_model(architecture, pretrained=False, use_naflex=True, num_classes=0)
-    except TypeError as error:
+            vit = build_named_vit(architecture)
+    except ValueError as error:
         raise ImportWeightsError(
             f"vision architecture {architecture!r} has no NaFlex form in timm; expected a ViT such as "
             "'vit_small_patch14_dinov2'"

@@ -8,12 +8,11 @@ model: that happens when a stage is run.
 
 from __future__ import annotations
 
-import difflib
 import importlib
 import pkgutil
 from collections.abc import Callable
 
-from vlmslice.errors import VlmSliceError
+from vlmslice.errors import VlmSliceError, suggestion
 from vlmslice.training import Stage
 
 
@@ -37,7 +36,5 @@ def check_name(what: str, name: str, names: list[str]) -> None:
     """Raises `RecipeError` with the nearest match unless `name` is one of `names`."""
     if name in names:
         return
-    close = difflib.get_close_matches(name, names, 1)
-    if close:
-        raise RecipeError(f"unknown {what} {name!r}; did you mean {close[0]!r}?")
-    raise RecipeError(f"unknown {what} {name!r}; expected one of {', '.join(names)}")
+    hint = suggestion(name, names) or f"; expected one of {', '.join(names)}"
+    raise RecipeError(f"unknown {what} {name!r}{hint}")

@@ -28,6 +28,7 @@ from vlmslice.data.scenes import (
 )
 from vlmslice.data.shapes import COLORS, KINDS, draw_shape, scatter_shapes, vary, visible_colors
 from vlmslice.data.text import random_words
+from vlmslice.view_packing import split_into_patches
 
 CELLS_PER_SIDE = 2
 """Cells along one side of a patch: patches of 16 px give cells of 8 px."""
@@ -216,13 +217,11 @@ class DenseCropDataset(Dataset):
 
 def collate_crops(samples: list[dict], patch_size: int = 16) -> dict[str, torch.Tensor]:
     """Stacks crops of one size into encoder inputs (`pixel_values`, `target_sizes`) and `label_NAME`s."""
-    pixels = torch.from_numpy(np.stack([s["pixels"] for s in samples]))
-    num, height, width, _ = pixels.shape
-    rows, cols = height // patch_size, width // patch_size
-    patches = pixels.view(num, rows, patch_size, cols, patch_size, 3).permute(0, 1, 3, 2, 4, 5)
+    patches = torch.stack([split_into_patches(torch.from_numpy(s["pixels"]), patch_size) for s in samples])
+    height, width, _ = samples[0]["pixels"].shape
     batch = {
-        "pixel_values": patches.reshape(num, rows * cols, -1).float() / 127.5 - 1,
-        "target_sizes": torch.tensor([[rows, cols]] * num),
+        "pixel_values": patches.float() / 127.5 - 1,
+        "target_sizes": torch.tensor([[height // patch_size, width // patch_size]] * len(samples)),
     }
     for name in HEADS:
         batch[f"label_{name}"] = torch.from_numpy(np.stack([s["labels"][name] for s in samples]))

@@ -109,11 +109,8 @@ def read_line(rng: random.Random, config: TaskConfig, fonts: FontLibrary) -> Tas
         if size * room >= low or len(words) == 1:
             size = max(low, size * room)
             font = load_font(str(font.path), int(size))
-            if size <= low and len(words) == 1:
-                break
         else:
             words.pop()
-    line_height, line_width = line_size(font, text)
     ink, paper = ink_and_paper(rng)
     image = paper_image(rng, height, width, paper)
     top = rng.uniform(0, max(0, height - line_height))
