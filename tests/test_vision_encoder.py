@@ -289,9 +289,8 @@ class TestArchitectures:
         stem = OverlapStem(16, 32)
         seen = []
         stem.pixels.register_forward_hook(lambda module, inputs, output: seen.append(inputs[0]))
-        stem.prepare(torch.tensor([[1, 1]]), torch.zeros(1, 1, 2, dtype=torch.int64))
         pixels = torch.arange(16 * 16 * 3).view(1, 1, -1).float()
-        stem(pixels)
+        stem(pixels, torch.tensor([[1, 1]]), torch.zeros(1, 1, 2, dtype=torch.int64))
         image = pixels.view(16, 16, 3)
         for row in range(4):
             for col in range(4):
@@ -303,11 +302,10 @@ class TestArchitectures:
         torch.manual_seed(0)
         stem, grid = OverlapStem(16, 32), torch.tensor([[3, 3]])
         coordinates, _ = patch_coordinates(grid, 10)
-        stem.prepare(grid, coordinates)
 
         def embed(image):
             patches = image.view(3, 16, 3, 16, 3).transpose(1, 2).reshape(1, 9, -1)
-            return stem(torch.nn.functional.pad(patches, (0, 0, 0, 1)))[0, :9].view(3, 3, -1)
+            return stem(torch.nn.functional.pad(patches, (0, 0, 0, 1)), grid, coordinates)[0, :9].view(3, 3, -1)
 
         before = embed(torch.zeros(48, 48, 3))
         for y, x in [(0, 0), (11, 24), (12, 24), (15, 15), (19, 20), (24, 24), (28, 31), (47, 47)]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch import nn
@@ -39,23 +40,35 @@ def dense_loss(
 ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     """Weighted cross-entropy over real patches, and the share of labelled cells told right, by name.
 
+    While several processes train, the weights are those of the cells of all of them, so that the mean of the losses
+    is the loss of one process with all samples.
+
     Args:
         logits: `[V, T, cells, classes]` by name.
         labels: `int64[V, T, cells]` by name; 0 where nothing is.
         valid: `bool[V, T]`, False at padding.
     """
-    total = torch.zeros((), device=valid.device)
-    right = {}
+    sums, weights, right = [], [], {}
+    full = bool(valid.all())
     for name, label in labels.items():
-        label, logit = label[valid], logits[name][valid].float()
+        label, logit = (x.flatten(0, 1) if full else x[valid] for x in (label, logits[name]))
+        logit = logit.float()
         weight = torch.ones(logit.shape[-1], device=logit.device)
         weight[0] = _EMPTY_WEIGHTS[name]
-        total = total + _LOSS_WEIGHTS[name] * F.cross_entropy(logit.flatten(0, 1), label.flatten(), weight)
+        sums.append(
+            _LOSS_WEIGHTS[name]
+            * F.cross_entropy(logit.flatten(0, 1), label.flatten(), weight, reduction="sum")
+        )
+        weights.append(weight[label.flatten()].sum())
         with torch.no_grad():
             present = label > 0
             hits = (logit.argmax(-1) == label)[present]
             right[name] = hits.float().mean() if len(hits) else torch.tensor(float("nan"))
-    return total, right
+    divisors = torch.stack(weights)
+    if torch.is_grad_enabled() and dist.is_initialized():
+        dist.all_reduce(divisors)
+        divisors /= dist.get_world_size()
+    return (torch.stack(sums) / divisors).sum(), right
 
 
 class DenseReader(nn.Module):

@@ -27,8 +27,13 @@ from vlmslice.vision_encoder import VlmSliceVisionEncoder, patch_coordinates
 
 @dataclass
 class VlmSliceOutput(CausalLMOutputWithPast):
-    """As `CausalLMOutputWithPast`; `metrics` holds figures of the dense loss for the training log."""
+    """As `CausalLMOutputWithPast`.
 
+    `dense_loss` is the part of `loss` that does not come from the answers; `metrics` holds figures for the training
+    log.
+    """
+
+    dense_loss: torch.Tensor | None = None
     metrics: dict | None = None
 
 
@@ -242,7 +247,7 @@ class VlmSliceForConditionalGeneration(VlmSlicePreTrainedModel, GenerationMixin)
             logits_to_keep=logits_to_keep,
             **kwargs,
         )
-        loss, metrics = None, None
+        loss, weighted_dense_loss, metrics = None, None, None
         if labels is not None:
             loss = self.loss_function(
                 logits=outputs.logits, labels=labels, vocab_size=self.config.text_config.vocab_size, **kwargs
@@ -252,7 +257,8 @@ class VlmSliceForConditionalGeneration(VlmSlicePreTrainedModel, GenerationMixin)
                 features = image_outputs.last_hidden_state
                 _, valid = patch_coordinates(target_sizes, features.shape[1])
                 dense, right = dense_loss(self.dense_head(features), dense_labels, valid)
-                loss = loss + self.config.dense_loss_weight * dense
+                weighted_dense_loss = self.config.dense_loss_weight * dense
+                loss = loss + weighted_dense_loss
                 metrics |= {f"{name}_right": value for name, value in right.items()}
         return VlmSliceOutput(
             loss=loss,
@@ -260,6 +266,7 @@ class VlmSliceForConditionalGeneration(VlmSlicePreTrainedModel, GenerationMixin)
             past_key_values=outputs.past_key_values,
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
+            dense_loss=weighted_dense_loss,
             metrics=metrics,
         )
 

@@ -85,11 +85,9 @@ def build_timm_vit(config: VlmSliceVisionConfig) -> NaFlexVit:
             raise ValueError(
                 f"stem 'overlap' with patch_size {config.patch_size}, expected a multiple of 4; use stem 'timm'"
             )
-        vit.embeds.proj = OverlapStem(config.patch_size, config.hidden_size)
+        vit.embeds.proj = nn.Identity()  # the stem comes before it
     elif config.stem != "timm":
         raise ValueError(f"vision stem is {config.stem!r}, expected 'timm' or 'overlap'")
-    if config.architecture == _GENERIC:
-        _initialise_for_small_runs(vit)
     return vit
 
 
@@ -129,7 +127,6 @@ class OverlapStem(nn.Module):
 
     Blocks of 4 x 4 px become vectors; each quarter of the patch then looks at the 4 x 4 blocks centred on it, some of
     which lie in neighbouring patches; the four quarters make the patch. A glyph cut by a patch edge is seen whole.
-    `prepare` must be called with the patch grids before each forward pass.
     """
 
     def __init__(self, patch_size: int, hidden_size: int):
@@ -138,21 +135,21 @@ class OverlapStem(nn.Module):
         self.pixels = nn.Linear(3 * self.block**2, 64)
         self.quarters = nn.Linear(16 * 64, 160)
         self.patch = nn.Linear(4 * 160, hidden_size)
-        self._index: torch.Tensor | None = None
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """`[V, T, patch_size**2 * 3]` (channels last) to `[V, T, D]`."""
+    def forward(self, x: torch.Tensor, target_sizes: torch.Tensor, coordinates: torch.Tensor) -> torch.Tensor:
+        """`[V, T, patch_size**2 * 3]` (channels last) of patches at `int64[V, T, 2]` to `[V, T, D]`."""
         views, patches, _ = x.shape
         b = self.block
         x = x.reshape(views, patches, 4, b, 4, b * 3).transpose(3, 4).flatten(4)
         x = nn.functional.gelu(self.pixels(x)).reshape(views, patches * 16, 64)
         x = nn.functional.pad(x, (0, 0, 0, 1))  # the last row stands for "outside"
-        window = x[torch.arange(views, device=x.device)[:, None], self._index]
+        window = x[torch.arange(views, device=x.device)[:, None], self._windows(target_sizes, coordinates)]
         x = nn.functional.gelu(self.quarters(window.view(views, patches, 4, 16 * 64))).flatten(2)
         return self.patch(x)
 
-    def prepare(self, target_sizes: torch.Tensor, coordinates: torch.Tensor) -> None:
-        """Finds the 16 blocks of every quarter of every patch: `int64[V, T * 4 * 16]`."""
+    @staticmethod
+    def _windows(target_sizes: torch.Tensor, coordinates: torch.Tensor) -> torch.Tensor:
+        """The 16 blocks of every quarter of every patch, as rows of the view's blocks: `int64[V, T * 4 * 16]`."""
         num_patches = coordinates.shape[1]
         h, w = (target_sizes[:, i, None, None, None, None, None] for i in (0, 1))
         r, c = (coordinates[..., i, None, None, None, None] for i in (0, 1))
@@ -162,17 +159,17 @@ class OverlapStem(nn.Module):
         y, x = torch.broadcast_tensors(y, x)
         inside = (y >= 0) & (y < 4 * h) & (x >= 0) & (x < 4 * w)
         index = ((y // 4) * w + x // 4) * 16 + (y % 4) * 4 + x % 4
-        self._index = index.where(inside, num_patches * 16).flatten(1)
+        return index.where(inside, num_patches * 16).flatten(1)
 
 
 @torch.no_grad()
-def _initialise_for_small_runs(vit: NaFlexVit) -> None:
+def _initialise_for_small_runs(vit: NaFlexVit, stem: nn.Module | None) -> None:
     """Weights whose outputs keep the scale of their inputs, and sine-cosine positions about as large as the content.
 
     timm's defaults (0.02 everywhere, shrunk further by depth) suit long runs of wide models. At width 256 they make
     every block nearly the identity and leave positions at a tenth of the patch content.
     """
-    for module in vit.modules():
+    for module in [*vit.modules(), *(stem.modules() if stem else [])]:
         if isinstance(module, nn.Linear):
             nn.init.normal_(module.weight, std=module.in_features**-0.5)
             if module.bias is not None:
@@ -219,6 +216,9 @@ class VlmSliceVisionEncoder(nn.Module):
         super().__init__()
         self.config = config
         self.vit = build_timm_vit(config)
+        self.stem = OverlapStem(config.patch_size, config.hidden_size) if config.stem == "overlap" else None
+        if config.architecture == _GENERIC:
+            _initialise_for_small_runs(self.vit, self.stem)
 
     def forward(
         self, pixel_values: torch.Tensor, target_sizes: torch.Tensor
@@ -251,11 +251,12 @@ class VlmSliceVisionEncoder(nn.Module):
         full = bool(valid_VT.all())
         self._choose_attention_kernel(pixel_values.device)
         self.vit.set_grad_checkpointing(self.gradient_checkpointing and self.training)
-        if isinstance(self.vit.embeds.proj, OverlapStem):
-            self.vit.embeds.proj.prepare(target_sizes, coordinates_VT2)
+        pixel_values = pixel_values.to(next(self.vit.blocks.parameters()).dtype)
+        if self.stem is not None:
+            pixel_values = self.stem(pixel_values, target_sizes, coordinates_VT2)
         # A batch without padding needs no mask, which saves the mask addition in every layer.
         output = self.vit.forward_features(
-            pixel_values.to(next(self.vit.embeds.proj.parameters()).dtype),
+            pixel_values,
             patch_coord=coordinates_VT2,
             patch_valid=None if full else valid_VT,
         )

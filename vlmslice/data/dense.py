@@ -212,7 +212,7 @@ class DenseCropDataset(Dataset):
             scene = text_crop(rng, self.fonts, height, width, config.split, easy)
         else:
             scene = shape_crop(rng, height, width)
-        return {"pixels": np.asarray(scene.image), "labels": label_cells(scene, (0, 0, height, width), grid)}
+        return {"pixels": np.array(scene.image), "labels": label_cells(scene, (0, 0, height, width), grid)}
 
 
 def collate_crops(samples: list[dict], patch_size: int = 16) -> dict[str, torch.Tensor]:

@@ -141,6 +141,6 @@ class FontLibrary:
         return load_font(rng.choice(self.families[rng.choice(self._names)]).path, size)
 
 
-@lru_cache(maxsize=4096)
+@lru_cache(maxsize=256)  # an open font holds up to a megabyte
 def load_font(path: str, size: int) -> ImageFont.FreeTypeFont:
     return ImageFont.truetype(path, size, layout_engine=ImageFont.Layout.BASIC)

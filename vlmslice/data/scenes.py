@@ -100,7 +100,8 @@ def draw_line(
     glyphs = []
     # Advances summed one by one, stretched by the little that kerning takes: twenty times cheaper than measuring
     # every prefix of the line.
-    advances = [_advance(font, character) for character in text]
+    table = _advances(font)
+    advances = [table[character] for character in text]
     stretch = font.getlength(text) / max(sum(advances), 1e-6)
     start = left
     for character, advance in zip(text, advances, strict=True):
@@ -111,14 +112,25 @@ def draw_line(
     return glyphs
 
 
-@lru_cache(maxsize=200_000)
-def _advance(font: ImageFont.FreeTypeFont, character: str) -> float:
-    return font.getlength(character)
+class _Advances(dict):
+    """Character -> width in px, measured when first asked for."""
+
+    def __init__(self, font: ImageFont.FreeTypeFont):
+        self._font = font
+
+    def __missing__(self, character: str) -> float:
+        self[character] = self._font.getlength(character)
+        return self[character]
+
+
+@lru_cache(maxsize=256)
+def _advances(font: ImageFont.FreeTypeFont) -> _Advances:
+    return _Advances(font)
 
 
 def approximate_length(font: ImageFont.FreeTypeFont, text: str) -> float:
     """Width of `text` in px without kerning, from cached advances."""
-    return sum(_advance(font, character) for character in text)
+    return sum(map(_advances(font).__getitem__, text))
 
 
 def line_size(font: ImageFont.FreeTypeFont, text: str) -> tuple[int, int]:

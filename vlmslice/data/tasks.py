@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import random
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 from PIL import ImageDraw
 from torch.utils.data import Dataset
@@ -90,27 +90,30 @@ def picture_size(rng: random.Random, config: TaskConfig) -> tuple[int, int]:
     return max(32, round(math.sqrt(area / aspect))), max(32, round(math.sqrt(area * aspect)))
 
 
-def read_line(rng: random.Random, config: TaskConfig, fonts: FontLibrary) -> TaskSample:
+def read_line(
+    rng: random.Random, config: TaskConfig, fonts: FontLibrary, height: int, width: int
+) -> TaskSample:
     """One line of text anywhere on the picture; the answer is the text."""
-    height, width = picture_size(rng, config)
     words = random_words(rng, rng.randint(*config.num_words), config.split).split()
     while len(words) > 1 and len(" ".join(words)) > config.max_characters:
         words.pop()
     low, high = config.font_px
     size = math.exp(rng.uniform(math.log(low), math.log(high)))
     font = fonts.draw(rng, round(size))
-    # What does not fit loses size first and, at the smallest size, words.
+    # What does not fit loses size first and, at the smallest size, words and then letters.
     while True:
         text = " ".join(words)
         line_height, line_width = line_size(font, text)
         room = min(0.96 * width / line_width, 0.96 * height / line_height)
-        if room >= 1 or (len(words) == 1 and size <= low):
+        if room >= 1 or text in (text[:1], ""):
             break
-        if size * room >= low or len(words) == 1:
-            size = max(low, size * room)
+        if size > low:
+            size = max(low, min(size * room, size - 1))
             font = load_font(str(font.path), int(size))
-        else:
+        elif len(words) > 1:
             words.pop()
+        else:
+            words = [text[:-1]]
     ink, paper = ink_and_paper(rng)
     image = paper_image(rng, height, width, paper)
     top = rng.uniform(0, max(0, height - line_height))
@@ -120,9 +123,10 @@ def read_line(rng: random.Random, config: TaskConfig, fonts: FontLibrary) -> Tas
     return TaskSample("read", scene, rng.choice(READ_QUESTIONS), text)
 
 
-def count_shapes(rng: random.Random, config: TaskConfig, fonts: FontLibrary) -> TaskSample:
+def count_shapes(
+    rng: random.Random, config: TaskConfig, fonts: FontLibrary, height: int, width: int
+) -> TaskSample:
     """Shapes of one or several kinds and colours; the question asks for all, one kind, one colour, or both."""
-    height, width = picture_size(rng, config)
     _, paper = ink_and_paper(rng)
     image = paper_image(rng, height, width, paper)
     colors = visible_colors(paper)
@@ -181,15 +185,19 @@ def _matches(kind: str, color: str, form: str, asked_kind: str, asked_color: str
     return (form == "color" or kind == asked_kind) and (form == "kind" or color == asked_color)
 
 
-def read_chart(rng: random.Random, config: TaskConfig, fonts: FontLibrary) -> TaskSample:
-    """A bar chart with labelled bars; see `charts`."""
-    height, width = picture_size(rng, replace(config, max_aspect=min(1.8, config.max_aspect)))
+def read_chart(
+    rng: random.Random, config: TaskConfig, fonts: FontLibrary, height: int, width: int
+) -> TaskSample:
+    """A bar chart with labelled bars, of an aspect ratio of at most 1.8; see `charts`."""
+    area, aspect = height * width, min(max(width / height, 1 / 1.8), 1.8)
+    height, width = round(math.sqrt(area / aspect)), round(math.sqrt(area * aspect))
     scene, chart = chart_scene(rng, fonts, height, width, config.split)
     question, answer = chart_question(rng, chart)
     return TaskSample("chart", scene, question, answer)
 
 
-Task = Callable[[random.Random, TaskConfig, FontLibrary], TaskSample]
+Task = Callable[[random.Random, TaskConfig, FontLibrary, int, int], TaskSample]
+"""Draws a sample on a picture of a height and width."""
 
 TASKS: dict[str, Task] = {"read": read_line, "count": count_shapes, "chart": read_chart}
 
@@ -212,8 +220,8 @@ class Curriculum:
 class TaskDataset(Dataset):
     """Rendered samples that grow harder with the index.
 
-    Batches of `group` consecutive samples share a band of picture areas (an eighth of the range in the logarithm), so
-    that little is padded.
+    Batches of `group` consecutive samples share the size of their pictures, hence the slice plan, so that no view is
+    padded (charts alone may be of another shape).
     """
 
     def __init__(
@@ -228,10 +236,8 @@ class TaskDataset(Dataset):
         step = next((s for s in self.steps if index < s.until), None)
         if step is None:
             raise IndexError(f"sample {index} of {len(self)}")
-        low, high = (math.log(a) for a in step.config.megapixels)
-        band = sample_rng(self.seed, f"{self.name}-band", index // self.group).random() * 7 / 8
-        start = low + band * (high - low)
-        config = replace(step.config, megapixels=(math.exp(start), math.exp(start + (high - low) / 8)))
+        size_rng = sample_rng(self.seed, f"{self.name}-size", index // self.group)
+        height, width = picture_size(size_rng, step.config)
         rng = sample_rng(self.seed, self.name, index)
         task = rng.choices(list(step.weights), list(step.weights.values()))[0]
-        return TASKS[task](rng, config, self.fonts)
+        return TASKS[task](rng, step.config, self.fonts, height, width)
