@@ -2,6 +2,7 @@
 
 Figures measured on two CPU cores, fp32, 20 steps from a loss of 5.63 to 4.22: two processes, plain, ZeRO-2 or ZeRO-3,
 differ from one by at most 1.5e-6 in the loss of any step (float32 holds 4.22 to 5e-7). The tests allow 2e-5.
+Accumulated batches agree in the loss of the answers alone: each weighs its cells for itself in the dense loss.
 """
 
 import importlib.util
@@ -25,6 +26,7 @@ from typer.testing import CliRunner
 from vlmslice.data.collator import IGNORED
 from vlmslice.training import (
     MANIFEST,
+    StageTrainer,
     TrainingError,
     complete_checkpoints,
     last_complete_checkpoint,
@@ -161,6 +163,14 @@ def test_torchrun_agrees_with_one_process(reference: Path, after_eye: Path, zero
     assert_losses_agree(after_eye / "answer", reference / "answer")
 
 
+def test_torchrun_agrees_with_one_process_in_the_dense_stage(reference: Path, tmp_path: Path) -> None:
+    """Cells that show something weigh more than empty ones, and the processes have unequal shares of them."""
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    command = [*launcher, str(SCRIPT), *SHORT, "--output-dir", str(tmp_path)]
+    run_command(["eye" if word == "answer" else word for word in command])
+    assert_losses_agree(tmp_path / "eye", reference / "eye")
+
+
 def test_deepspeed_zero2_agrees_with_one_process(reference: Path, after_eye: Path) -> None:
     launcher = Path(sys.executable).with_name("deepspeed")
     config = SCRIPT.parent / "deepspeed" / "zero2.json"
@@ -235,6 +245,21 @@ def test_accumulated_batches_agree_with_one_batch(app, reference: Path, after_ey
     halves = ["--set", "per_device_train_batch_size=4", "--set", "gradient_accumulation_steps=2"]
     assert app(*SHORT, *halves, "--output-dir", str(after_eye))[0] == 0
     assert_losses_agree(after_eye / "answer", reference / "answer")
+
+
+def test_dense_loss_is_not_weighted_by_answer_ids(tmp_path: Path) -> None:
+    """A batch with 1 of the 4 answer ids of a step of 2 accumulations: a quarter of its answers' loss, half of the rest."""
+
+    class Model(torch.nn.Linear):
+        def forward(self, labels):
+            return {"loss": torch.tensor(8.0 + 3.0), "dense_loss": torch.tensor(3.0)}
+
+    arguments = TrainingArguments(
+        output_dir=str(tmp_path), use_cpu=True, gradient_accumulation_steps=2, report_to=[]
+    )
+    trainer = StageTrainer(model=Model(1, 1), args=arguments)
+    labels = torch.tensor([[IGNORED, 7]])
+    assert trainer.compute_loss(trainer.model, {"labels": labels}, num_items_in_batch=4) == 8 / 4 + 3 / 2
 
 
 def test_bf16_trains(app, reference: Path, after_eye: Path) -> None:

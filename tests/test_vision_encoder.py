@@ -305,7 +305,9 @@ class TestArchitectures:
 
         def embed(image):
             patches = image.view(3, 16, 3, 16, 3).transpose(1, 2).reshape(1, 9, -1)
-            return stem(torch.nn.functional.pad(patches, (0, 0, 0, 1)), grid, coordinates)[0, :9].view(3, 3, -1)
+            return stem(torch.nn.functional.pad(patches, (0, 0, 0, 1)), grid, coordinates)[0, :9].view(
+                3, 3, -1
+            )
 
         before = embed(torch.zeros(48, 48, 3))
         for y, x in [(0, 0), (11, 24), (12, 24), (15, 15), (19, 20), (24, 24), (28, 31), (47, 47)]:
