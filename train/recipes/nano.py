@@ -128,7 +128,7 @@ _COMMON = {
 
 CURRICULUM = [
     Curriculum(
-        32_000,
+        40_000,
         TaskConfig(
             megapixels=(0.004, 0.014),
             max_aspect=2.0,
@@ -140,7 +140,7 @@ CURRICULUM = [
         {"read": 0.8, "count": 0.2},
     ),
     Curriculum(
-        72_000,
+        112_000,
         TaskConfig(megapixels=(0.01, 0.06), num_words=(1, 3), max_characters=24, font_px=(12, 50)),
         {"read": 0.65, "count": 0.35},
     ),
@@ -179,7 +179,7 @@ def nano(connector: str = "spatial_resampler", slicing: SlicingConfig = SLICING)
             "lr_scheduler_type": "warmup_stable_decay",
             "lr_scheduler_kwargs": {"num_decay_steps": 2_000},
             "warmup_steps": 200,
-            "max_steps": 10_000,
+            "max_steps": 8_000,
         },
         save=save_dense_reader,
     )
