@@ -248,7 +248,7 @@ def test_accumulated_batches_agree_with_one_batch(app, reference: Path, after_ey
 
 
 def test_dense_loss_is_not_weighted_by_answer_ids(tmp_path: Path) -> None:
-    """A batch with 1 of the 4 answer ids of a step of 2 accumulations: a quarter of its answers' loss, half of the rest."""
+    """1 of the 4 answer ids of a step of 2 accumulations: a quarter of the answers' loss, half of the rest."""
 
     class Model(torch.nn.Linear):
         def forward(self, labels):

@@ -20,6 +20,9 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--model", required=True, help="folder of the model")
+    parser.add_argument(
+        "--task", choices=METRICS, action="append", help="score this task only; repeatable (default: all)"
+    )
     parser.add_argument("--num-samples", type=int, default=300, help="samples per task (default: 300)")
     parser.add_argument("--predictions", type=Path, help="write every answer to this JSONL file")
     parser.add_argument("--output", type=Path, help="write the Markdown table to this file")
@@ -27,7 +30,8 @@ def main() -> None:
     assistant = Assistant.from_pretrained(arguments.model)
     lines = ["| task | samples | metric | value | median seconds |", "|---|---|---|---|---|"]
     rows = []
-    for task, (name, metric) in METRICS.items():
+    for task in arguments.task or METRICS:
+        name, metric = METRICS[task]
         samples = evaluation_samples(task, arguments.num_samples)
         predictions = predict(assistant, samples, arguments.num_samples)
         rows += map(asdict, predictions)
