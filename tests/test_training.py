@@ -247,12 +247,12 @@ def test_accumulated_batches_agree_with_one_batch(app, reference: Path, after_ey
     assert_losses_agree(after_eye / "answer", reference / "answer")
 
 
-def test_dense_loss_is_not_weighted_by_answer_ids(tmp_path: Path) -> None:
+def test_auxiliary_loss_is_not_weighted_by_answer_ids(tmp_path: Path) -> None:
     """1 of the 4 answer ids of a step of 2 accumulations: a quarter of the answers' loss, half of the rest."""
 
     class Model(torch.nn.Linear):
         def forward(self, labels):
-            return {"loss": torch.tensor(8.0 + 3.0), "dense_loss": torch.tensor(3.0)}
+            return {"loss": torch.tensor(8.0 + 3.0), "auxiliary_loss": torch.tensor(3.0)}
 
     arguments = TrainingArguments(
         output_dir=str(tmp_path), use_cpu=True, gradient_accumulation_steps=2, report_to=[]

@@ -29,6 +29,7 @@ class VlmSliceConfig(PreTrainedConfig):
         canvas_position: add to every visual token an embedding of its place on the whole image, so that a line of
             text which runs on in the next slice can be followed there.
         dense_loss_weight: weight of the dense (per-cell) loss beside the language loss in training; 0 builds no head.
+        guide_loss_weight: weight of the guide loss (see `attention_guide`) in training, for batches that carry places.
     """
 
     model_type = "vlmslice"
@@ -46,6 +47,7 @@ class VlmSliceConfig(PreTrainedConfig):
     connector_scale: int | float = 0.2
     canvas_position: bool = True
     dense_loss_weight: int | float = 0.0
+    guide_loss_weight: int | float = 0.0
     image_token_id: int = 0
     tie_word_embeddings: bool = False
 

@@ -5,12 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch import nn
 
 from vlmslice.data.dense import CELLS_PER_SIDE, HEADS
+from vlmslice.process_group import average_over_processes
 from vlmslice.vision_encoder import VlmSliceVisionConfig, VlmSliceVisionEncoder
 
 # Most cells show nothing; what is there weighs more than where nothing is.
@@ -64,10 +64,7 @@ def dense_loss(
             present = label > 0
             hits = (logit.argmax(-1) == label)[present]
             right[name] = hits.float().mean() if len(hits) else torch.tensor(float("nan"))
-    divisors = torch.stack(weights)
-    if torch.is_grad_enabled() and dist.is_initialized():
-        dist.all_reduce(divisors)
-        divisors /= dist.get_world_size()
+    divisors = average_over_processes(torch.stack(weights))
     return (torch.stack(sums) / divisors).sum(), right
 
 

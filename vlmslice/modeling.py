@@ -10,6 +10,7 @@ from transformers import AutoModelForCausalLM, GenerationMixin, PreTrainedModel,
 from transformers import initialization as init
 from transformers.modeling_outputs import BaseModelOutputWithPooling, CausalLMOutputWithPast
 
+from vlmslice.attention_guide import guide_loss
 from vlmslice.config import VlmSliceConfig
 from vlmslice.connectors import (
     CrossAttention,
@@ -29,11 +30,11 @@ from vlmslice.vision_encoder import VlmSliceVisionEncoder, patch_coordinates
 class VlmSliceOutput(CausalLMOutputWithPast):
     """As `CausalLMOutputWithPast`.
 
-    `dense_loss` is the part of `loss` that does not come from the answers; `metrics` holds figures for the training
-    log.
+    `auxiliary_loss` is the part of `loss` that does not come from the answers; `metrics` holds figures for the
+    training log.
     """
 
-    dense_loss: torch.Tensor | None = None
+    auxiliary_loss: torch.Tensor | None = None
     metrics: dict | None = None
 
 
@@ -220,11 +221,15 @@ class VlmSliceForConditionalGeneration(VlmSlicePreTrainedModel, GenerationMixin)
         """Runs the model on token ids and the views of their images; see `get_image_features` for the shapes.
 
         With `labels` the language loss is returned; with `label_NAME` arguments (cells, see `data.dense`) and a dense
-        head the dense loss is added to it.
+        head the dense loss is added to it, and with `guide_entries` and `guide_shares` (see `attention_guide`) the
+        guide loss.
         """
         dense_labels = {
             k.removeprefix("label_"): kwargs.pop(k) for k in list(kwargs) if k.startswith("label_")
         }
+        guide = [kwargs.pop(name, None) for name in ("guide_entries", "guide_shares")]
+        if self.config.guide_loss_weight and guide[0] is not None:
+            kwargs["output_attentions"] = True
         image_outputs = None
         if inputs_embeds is None:
             inputs_embeds = self.get_input_embeddings()(input_ids)
@@ -247,26 +252,33 @@ class VlmSliceForConditionalGeneration(VlmSlicePreTrainedModel, GenerationMixin)
             logits_to_keep=logits_to_keep,
             **kwargs,
         )
-        loss, weighted_dense_loss, metrics = None, None, None
+        loss, auxiliary_loss, metrics = None, None, None
         if labels is not None:
             loss = self.loss_function(
                 logits=outputs.logits, labels=labels, vocab_size=self.config.text_config.vocab_size, **kwargs
             )
             metrics = {"language_loss": loss.detach()}
+            auxiliary = []
             if self.dense_head is not None and dense_labels and image_outputs is not None:
                 features = image_outputs.last_hidden_state
                 _, valid = patch_coordinates(target_sizes, features.shape[1])
                 dense, right = dense_loss(self.dense_head(features), dense_labels, valid)
-                weighted_dense_loss = self.config.dense_loss_weight * dense
-                loss = loss + weighted_dense_loss
+                auxiliary.append(self.config.dense_loss_weight * dense)
                 metrics |= {f"{name}_right": value for name, value in right.items()}
+            if self.config.guide_loss_weight and guide[0] is not None:
+                divergence, found = guide_loss(outputs.attentions, *guide)
+                auxiliary.append(self.config.guide_loss_weight * divergence)
+                metrics |= {"guide_loss": divergence.detach(), "place_found": found}
+            if auxiliary:
+                auxiliary_loss = torch.stack(auxiliary).sum()
+                loss = loss + auxiliary_loss
         return VlmSliceOutput(
             loss=loss,
             logits=outputs.logits,
             past_key_values=outputs.past_key_values,
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
-            dense_loss=weighted_dense_loss,
+            auxiliary_loss=auxiliary_loss,
             metrics=metrics,
         )
 

@@ -131,11 +131,13 @@ class StageTrainer(Trainer):
             num_items = (inputs["labels"][:, 1:] != IGNORED).sum()
             # Gradients are averaged over the processes afterwards, and summed over the accumulated batches.
             share = num_items / num_items_in_batch * self.accelerator.num_processes
-            dense_loss = outputs.get("dense_loss")
-            if dense_loss is None:
+            auxiliary_loss = outputs.get("auxiliary_loss")
+            if auxiliary_loss is None:
                 loss = loss * share
             else:
-                loss = (loss - dense_loss) * share + dense_loss / self.args.gradient_accumulation_steps
+                loss = (
+                    loss - auxiliary_loss
+                ) * share + auxiliary_loss / self.args.gradient_accumulation_steps
         return (loss, outputs) if return_outputs else loss
 
     def log(self, logs: dict[str, float], *args, **kwargs) -> None:

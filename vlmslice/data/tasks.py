@@ -70,10 +70,20 @@ class TaskConfig:
 
 @dataclass
 class TaskSample:
+    """A question about a scene.
+
+    Attributes:
+        places: for each character of the answer, the points (y, x) of the picture that it rests on; empty where no
+            place is known.
+        is_count: whether the answer is the number of its places.
+    """
+
     task: str
     scene: Scene
     question: str
     answer: str
+    places: list[list[tuple[float, float]]] = field(default_factory=list)
+    is_count: bool = False
 
     @property
     def messages(self) -> list[dict]:
@@ -120,7 +130,9 @@ def read_line(
     left = rng.uniform(0, max(0, width - line_width))
     glyphs = draw_line(ImageDraw.Draw(image), text, font, top, left, ink)
     scene = Scene(add_camera_effects(rng, image), glyphs)
-    return TaskSample("read", scene, rng.choice(READ_QUESTIONS), text)
+    centers = iter(((g.box[0] + g.box[2]) / 2, (g.box[1] + g.box[3]) / 2) for g in glyphs)
+    places = [[] if character.isspace() else [next(centers)] for character in text]
+    return TaskSample("read", scene, rng.choice(READ_QUESTIONS), text, places)
 
 
 def count_shapes(
@@ -165,9 +177,11 @@ def count_shapes(
         things = f"{asked_color} {plural(asked_kind)}"
     placed = scatter_shapes(rng, image, wanted, radii)
     # A shape that found no room is not there: the answer counts what was drawn.
-    answer = sum(_matches(shape.kind, shape.color, form, asked_kind, asked_color, things) for shape in placed)
+    centers = [s.center for s in placed if _matches(s.kind, s.color, form, asked_kind, asked_color, things)]
+    answer = str(len(centers))
     scene = Scene(add_camera_effects(rng, image), shapes=placed)
-    return TaskSample("count", scene, rng.choice(COUNT_QUESTIONS).format(things=things), str(answer))
+    question = rng.choice(COUNT_QUESTIONS).format(things=things)
+    return TaskSample("count", scene, question, answer, [centers] * len(answer), is_count=True)
 
 
 def plural(kind: str) -> str:
