@@ -156,7 +156,7 @@ CURRICULUM = [
         {"read": 0.8, "count": 0.2},
     ),
     Curriculum(
-        76_000,
+        56_800,
         TaskConfig(megapixels=(0.008, 0.05), num_words=(1, 3), max_characters=24, font_px=(13, 50)),
         {"read": 0.65, "count": 0.35},
     ),
@@ -164,14 +164,14 @@ CURRICULUM = [
 
 WIDE = [
     Curriculum(
-        16_000,
-        TaskConfig(megapixels=(0.03, 0.3), num_words=(1, 6)),
-        {"read": 0.6, "count": 0.32, "chart": 0.08},
+        18_000,
+        TaskConfig(megapixels=(0.012, 0.3), num_words=(1, 6), font_px=(13, 70)),
+        {"read": 0.6, "count": 0.34, "chart": 0.06},
     ),
     Curriculum(
-        22_000,
+        20_400,
         TaskConfig(megapixels=(0.05, 3.0), num_words=(1, 6)),
-        {"read": 0.6, "count": 0.32, "chart": 0.08},
+        {"read": 0.6, "count": 0.34, "chart": 0.06},
     ),
 ]
 
@@ -207,8 +207,7 @@ def nano(connector: str = "spatial_resampler", slicing: SlicingConfig = SLICING)
         arguments=_COMMON
         | {
             "learning_rate": 1e-3,
-            "lr_scheduler_type": "warmup_stable_decay",
-            "lr_scheduler_kwargs": {"num_decay_steps": 1_000},
+            "lr_scheduler_type": "constant_with_warmup",
             "warmup_steps": 200,
             "max_steps": CURRICULUM[-1].until // 16,
         },
@@ -224,9 +223,9 @@ def nano(connector: str = "spatial_resampler", slicing: SlicingConfig = SLICING)
         arguments=_COMMON
         | {
             "per_device_train_batch_size": 8,
-            "learning_rate": 4e-4,
+            "learning_rate": 7e-4,
             "lr_scheduler_type": "warmup_stable_decay",
-            "lr_scheduler_kwargs": {"num_decay_steps": 600},
+            "lr_scheduler_kwargs": {"num_decay_steps": 900},
             "warmup_steps": 50,
             "max_steps": WIDE[-1].until // 8,
             "logging_steps": 50,
