@@ -24,7 +24,7 @@ def guided_layers(num_layers: int) -> range:
 
     6 layers -> 2, 3, 4.
     """
-    return range(num_layers // 3, num_layers - 1)
+    return range(num_layers // 3, max(num_layers - 1, num_layers // 3 + 1))
 
 
 def guide_loss(

@@ -266,6 +266,11 @@ class VlmSliceForConditionalGeneration(VlmSlicePreTrainedModel, GenerationMixin)
                 auxiliary.append(self.config.dense_loss_weight * dense)
                 metrics |= {f"{name}_right": value for name, value in right.items()}
             if self.config.guide_loss_weight and guide[0] is not None:
+                if not outputs.attentions or outputs.attentions[0] is None:
+                    raise ValueError(
+                        "the guide loss needs the attention weights of the language model, and its attention "
+                        "implementation gives none; call model.set_attn_implementation({'text_config': 'eager'})"
+                    )
                 divergence, found = guide_loss(outputs.attentions, *guide)
                 auxiliary.append(self.config.guide_loss_weight * divergence)
                 metrics |= {"guide_loss": divergence.detach(), "place_found": found}

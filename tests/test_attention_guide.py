@@ -1,0 +1,149 @@
+"""The guide loss, and the places that the collator gives it."""
+
+import math
+
+import pytest
+import torch
+
+from tests.tiny_models import CONNECTORS, tiny_config, tiny_model, tiny_slicing
+from vlmslice import VlmSliceImageProcessorPil, VlmSliceProcessor
+from vlmslice.attention_guide import guide_loss, guided_layers
+from vlmslice.data.fonts import FontLibrary, matplotlib_font_dir
+from vlmslice.data.task_collator import TaskCollator
+from vlmslice.data.tasks import Curriculum, TaskConfig, TaskDataset
+from vlmslice.spatial_schema import IMAGE_START
+from vlmslice.tokenization import build_byte_tokenizer
+
+
+def build_collator(connector: str = "spatial_resampler", dense: bool = False) -> TaskCollator:
+    slicing = tiny_slicing(connector)
+    return TaskCollator(
+        VlmSliceProcessor(VlmSliceImageProcessorPil(**slicing.to_dict()), build_byte_tokenizer()), dense
+    )
+
+
+def draw(task: str, num_samples: int, **config) -> list:
+    steps = [Curriculum(num_samples, TaskConfig(megapixels=(0.004, 0.03), **config), {task: 1.0})]
+    dataset = TaskDataset(steps, FontLibrary("eval", [matplotlib_font_dir()]), group=4)
+    return [dataset[i] for i in range(num_samples)]
+
+
+def row_of(places: dict[int, float], length: int) -> torch.Tensor:
+    row = torch.zeros(length)
+    for key, share in places.items():
+        row[key] = share
+    return row
+
+
+class TestLoss:
+    @pytest.mark.parametrize(
+        ("num_layers", "layers"), [(6, [2, 3, 4]), (12, [*range(4, 11)]), (2, [0]), (1, [0])]
+    )
+    def test_layers(self, num_layers, layers):
+        assert list(guided_layers(num_layers)) == layers
+
+    def test_no_loss_where_attention_is_on_the_places(self):
+        attention = torch.zeros(1, 2, 4, 4)
+        attention[0, 0, 3] = row_of({0: 0.25, 2: 0.75}, 4)
+        entries, shares = torch.tensor([[0, 3, 0], [0, 3, 2]]), torch.tensor([0.25, 0.75])
+        loss, found = guide_loss([attention] * 3, entries, shares)
+        assert loss.abs() < 1e-6 and found == 1
+
+    def test_worked_example(self):
+        """Places {1: 1/2, 2: 1/2} and attention 1/4 everywhere: log 2 nats; a second character, found, halves it."""
+        attention = torch.full((1, 2, 4, 4), 0.25)
+        attention[0, 0, 2] = row_of({1: 1.0}, 4)
+        entries = torch.tensor([[0, 3, 1], [0, 3, 2], [0, 2, 1]])
+        loss, found = guide_loss([attention] * 6, entries, torch.tensor([0.5, 0.5, 1.0]))
+        assert loss == pytest.approx(math.log(2) / 2) and found == pytest.approx(0.75)
+
+    def test_only_the_first_head_of_the_guided_layers_counts(self):
+        attentions = [torch.full((1, 2, 4, 4), 0.25, requires_grad=True) for _ in range(6)]
+        guide_loss(attentions, torch.tensor([[0, 3, 1]]), torch.tensor([1.0]))[0].backward()
+        assert [a.grad is not None for a in attentions] == [i in (2, 3, 4) for i in range(6)]
+        assert attentions[2].grad[0, 0, 3, 1] < 0 and attentions[2].grad[0, 1].eq(0).all()
+
+    def test_batch_without_places(self):
+        loss, _ = guide_loss(
+            [torch.ones(1, 1, 1, 1)] * 2, torch.zeros(0, 3, dtype=torch.int64), torch.zeros(0)
+        )
+        assert loss == 0
+
+
+class TestPlaces:
+    @pytest.mark.parametrize("connector", CONNECTORS)
+    def test_character_lies_in_the_visual_token_it_is_shown(self, connector):
+        """Each entry's token, laid back on the picture, covers its glyph; its query predicts that character."""
+        collator = build_collator(connector)
+        processor = collator.processor
+        for sample in draw("read", 12, num_words=(1, 3)):
+            batch = collator([sample])
+            ids, entries = batch["input_ids"][0], batch["guide_entries"]
+            visible = [c for c in sample.answer if not c.isspace()]
+            assert [chr(ids[q + 1]) for _, q, _ in entries.tolist()] == visible
+            assert batch["guide_shares"].eq(1).all()
+            plan = processor.image_processor.plan(sample.scene.image.height, sample.scene.image.width)
+            boxes = []  # of every visual token, in the order of the placeholders
+            for view in plan.views:
+                top, left, bottom, right = view.box
+                rows, cols = {"resampler": (1, 3)}.get(
+                    connector, (view.patch_grid[0] // 2, view.patch_grid[1] // 2)
+                )
+                height, width = (bottom - top) / rows, (right - left) / cols
+                boxes += [
+                    (view, top + r * height, left + c * width, height, width)
+                    for r in range(rows)
+                    for c in range(cols)
+                ]
+            placeholders = (ids == processor.image_token_id).nonzero()[:, 0].tolist()
+            assert len(boxes) == len(placeholders)
+            for (_, _, key), glyph in zip(entries.tolist(), sample.scene.glyphs, strict=True):
+                view, top, left, height, width = boxes[placeholders.index(key)]
+                y, x = (glyph.box[0] + glyph.box[2]) / 2, (glyph.box[1] + glyph.box[3]) / 2
+                assert view is not plan.overview
+                assert -1e-6 <= y - top <= height + 1e-6 and -1e-6 <= x - left <= width + 1e-6
+
+    def test_count_looks_at_every_object_and_the_start(self):
+        collator = build_collator()
+        start = collator.processor.tokenizer.convert_tokens_to_ids(IMAGE_START)
+        for sample in draw("count", 12, max_count=6):
+            batch = collator([sample])
+            ids, count = batch["input_ids"][0], int(sample.answer)
+            by_key = dict(
+                zip(batch["guide_entries"][:, 2].tolist(), batch["guide_shares"].tolist(), strict=True)
+            )
+            assert by_key.pop((ids == start).nonzero().item()) == pytest.approx(1 / (count + 1))
+            assert sum(round(share * (count + 1)) for share in by_key.values()) == count
+            assert all(ids[key] == collator.processor.image_token_id for key in by_key)
+
+    def test_charts_have_no_places(self):
+        batch = build_collator()(draw("chart", 2))
+        assert batch["guide_entries"].shape == (0, 3)
+
+    def test_tokenizer_with_longer_ids_is_refused(self):
+        [sample] = draw("read", 1)
+        sample.answer += "é"  # two bytes
+        with pytest.raises(ValueError, match="one per character"):
+            build_collator()([sample])
+
+
+class TestModel:
+    def test_loss_is_added(self):
+        batch = build_collator()(draw("read", 4))
+        model = tiny_model()
+        model.set_attn_implementation({"text_config": "eager"})
+        plain = model(**batch).loss
+        model.config.guide_loss_weight = 0.5
+        outputs = model(**batch)
+        assert float(outputs.auxiliary_loss) == pytest.approx(0.5 * float(outputs.metrics["guide_loss"]))
+        assert float(outputs.loss) == pytest.approx(float(plain + outputs.auxiliary_loss))
+
+    def test_attention_without_weights_is_refused(self):
+        model = tiny_model()
+        model.config.guide_loss_weight = 0.5
+        model.set_attn_implementation({"text_config": "sdpa"})
+        with pytest.raises(ValueError, match="eager"):
+            model(**build_collator()(draw("read", 1)))
+
+    def test_weight_is_kept(self):
+        assert tiny_config(guide_loss_weight=0.2).to_dict()["guide_loss_weight"] == 0.2
