@@ -567,10 +567,17 @@ def summarize(ratios: Sequence[Ratio], groups: Sequence[Hashable]) -> Figure | N
     if not sums:
         return None
     sums_G2 = np.array(sums)
-    rng = np.random.default_rng(BOOTSTRAP_SEED)
     num_groups = len(sums)
-    draws_R2 = np.stack(
-        [sums_G2[rng.integers(num_groups, size=num_groups)].sum(axis=0) for _ in range(NUM_RESAMPLES)]
+    rng = np.random.default_rng(BOOTSTRAP_SEED)
+    # As many draws at a time as fit in some megabytes.
+    rows_at_once = max(1, 500_000 // num_groups)
+    draws_R2 = np.concatenate(
+        [
+            sums_G2[
+                rng.integers(num_groups, size=(min(rows_at_once, NUM_RESAMPLES - start), num_groups))
+            ].sum(axis=1)
+            for start in range(0, NUM_RESAMPLES, rows_at_once)
+        ]
     )
     low, high = np.percentile(draws_R2[:, 0] / draws_R2[:, 1], (2.5, 97.5))
     numerator, denominator = sums_G2.sum(axis=0)
