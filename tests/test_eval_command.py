@@ -64,6 +64,7 @@ def test_errors(vlmslice_command: Vlmslice, saved_model: Path, rows_file: Path, 
     fails("--data-root FOLDER", suite="dev")
     fails("--part", "counts", "did you mean 'count'?")
     fails("--peer", "teseract", "did you mean 'tesseract'?")
+    fails("--policy", "uhdd", "did you mean 'uhd'?")
     fails("--limit", 0, "greater than or equal to 1")
     assert_user_error(vlmslice_command("eval", "--model", tmp_path, "--suite", rows_file), "config.json")
     assert_user_error(vlmslice_command("eval"), "Missing option '--suite'")

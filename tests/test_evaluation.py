@@ -168,6 +168,13 @@ def test_another_run_is_refused(saved_model: Path, suite: Suite, rows_file: Path
     assert len(read_rows(tmp_path)) == 7
 
 
+def test_what_got_nowhere_is_no_run(saved_model: Path, suite: Suite, tmp_path: Path) -> None:
+    with pytest.raises(KeyboardInterrupt):
+        evaluate(saved_model, suite, tmp_path, options=OPTIONS, peers=[Parrot(0)])
+    evaluate(saved_model, suite, tmp_path, options=OPTIONS)
+    assert len(read_rows(tmp_path)) == 14
+
+
 def test_another_model_is_refused(saved_model: Path, suite: Suite, tmp_path: Path) -> None:
     evaluate(saved_model, suite, tmp_path, options=OPTIONS)
     manifest = json.loads((tmp_path / "manifest.json").read_text())

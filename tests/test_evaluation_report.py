@@ -75,7 +75,7 @@ def test_page(tmp_path: Path) -> None:
     suite = open_suite(str(rows_file))
     rows = [build_row(suite, i, f"word {i} & more" if i % 2 else f"wor {i}{HOSTILE}") for i in range(40)]
     rows[0]["peers"] = {"parrot": {"prediction": HOSTILE, "metrics": rows[0]["metrics"]}}
-    rows.append(build_row(suite, 40, "3"))
+    rows.append(build_row(suite, 40, "3\x00\x1b"))
     results = summarize_rows(rows, settings(suite), [])
     write_report(tmp_path / "report.html", results, rows, suite)
     page = (tmp_path / "report.html").read_text(encoding="utf-8")
@@ -86,7 +86,7 @@ def test_page(tmp_path: Path) -> None:
     assert len(reader.sources) == 25 and all(
         source.startswith("data:image/jpeg") for source in reader.sources
     )
-    assert "http" not in page
+    assert "http" not in page and "\x00" not in page and "\x1b" not in page
     assert '<mark class="gap" title="missing: d">' in page
     # Of the even rows, all wrong, those with the shortest truths are worst; the odd ones are right.
     worst = re.findall(r'class="id">(ocr-page/\d+)', page)[:12]

@@ -19,7 +19,7 @@ import os
 import platform
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from importlib import metadata
 from itertools import groupby
 from pathlib import Path
@@ -48,7 +48,7 @@ MAX_NEW_TOKENS = {
     "table-html": 6144,
     "flowchart-graph": 2048,
 }
-"""Most tokens of an answer, by task: enough for the truths of `dev` spelled byte by byte, but for the longest tables."""
+"""Most tokens of an answer, by task: enough to spell the truths of `dev` byte by byte, the longest tables excepted."""
 
 _PACKAGES = (
     "jiwer",
@@ -158,11 +158,10 @@ def describe_run(
     find_weights(model)
     files = sorted(path for path in model.iterdir() if path.is_file())
     digests = {path.name: file_digest(path) for path in files}
-    slicing = read_slicing_config(model).to_dict()
-    if options.policy is not None:
-        slicing["policy"] = options.policy
-    if options.max_visual_tokens is not None:
-        slicing["max_visual_tokens"] = options.max_visual_tokens
+    overrides: dict[str, Any] = {"policy": options.policy, "max_visual_tokens": options.max_visual_tokens}
+    slicing = replace(
+        read_slicing_config(model), **{name: value for name, value in overrides.items() if value is not None}
+    )
     tasks = sorted(set(suite.parts.values()))
     return {
         "model": {
@@ -185,7 +184,7 @@ def describe_run(
             "method": "greedy",
             "max_new_tokens": {task: options.token_cap(task) for task in tasks},
         },
-        "slicing": slicing,
+        "slicing": slicing.to_dict(),
         "peers": {peer.name: peer.version for peer in peers},
         "versions": {"python": platform.python_version()}
         | {name: metadata.version(name) for name in _PACKAGES},
@@ -196,7 +195,7 @@ def describe_run(
 def _open_folder(
     folder: Path, settings: dict[str, Any], num_samples: int, restart: bool
 ) -> list[dict[str, Any]]:
-    """The rows of an earlier run with these settings; none if there was no run."""
+    """The rows of an earlier run with these settings; none if there was no run, or it got nowhere."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -206,14 +205,15 @@ def _open_folder(
     if restart:
         for name in _OUTPUTS:
             (folder / name).unlink(missing_ok=True)
-    if not (folder / _MANIFEST).exists():
-        if (folder / _PREDICTIONS).exists():
-            raise EvaluationError(
-                f"{str(folder)!r} has predictions without a manifest.json to tell what made them; choose another "
-                "folder with --out, or --restart"
-            )
+    rows = _read_predictions(folder / _PREDICTIONS)
+    if not rows:
         _write_json(folder / _MANIFEST, settings)
         return []
+    if not (folder / _MANIFEST).exists():
+        raise EvaluationError(
+            f"{str(folder)!r} has predictions without a manifest.json to tell what made them; choose another folder "
+            "with --out, or --restart"
+        )
     before = _read_json(folder / _MANIFEST)
     compared = [name for name in settings if name != "machine"]
     differences = list(_differences({k: before.get(k) for k in compared}, {k: settings[k] for k in compared}))
@@ -224,7 +224,12 @@ def _open_folder(
             "or --restart to delete that run"
         )
     settings["machine"] = before["machine"]
-    return _read_predictions(folder / _PREDICTIONS, num_samples)
+    if len(rows) > num_samples:
+        raise EvaluationError(
+            f"{str(folder / _PREDICTIONS)!r} has {len(rows)} rows; expected at most {num_samples}; --restart to begin "
+            "anew"
+        )
+    return rows
 
 
 def _differences(before: Any, now: Any, name: str = "") -> Iterator[str]:
@@ -241,7 +246,7 @@ def _shorten(value: Any) -> str:
     return text if len(text) <= 40 else f'{text[:12]}..."'
 
 
-def _read_predictions(path: Path, num_samples: int) -> list[dict[str, Any]]:
+def _read_predictions(path: Path) -> list[dict[str, Any]]:
     """The complete rows of a file; a last line that an interruption cut off is removed from it."""
     if not path.exists():
         return []
@@ -253,10 +258,6 @@ def _read_predictions(path: Path, num_samples: int) -> list[dict[str, Any]]:
         raise EvaluationError(
             f"{str(path)!r} is damaged: {error}; expected one JSON object a line; --restart to begin anew"
         ) from error
-    if len(rows) > num_samples:
-        raise EvaluationError(
-            f"{str(path)!r} has {len(rows)} rows; expected at most {num_samples}; --restart to begin anew"
-        )
     if complete != content:
         os.truncate(path, len(complete))
     return rows

@@ -7,6 +7,7 @@ import html
 import io
 import json
 import random
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ CASES_SEED = 20_261_122
 
 _THUMBNAIL_SIZE = (560, 720)  # height, width; at twice the size at which it is shown
 _MAX_SHOWN = 6_000  # characters of a text
+_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 
 
 def result_lines(results: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
@@ -171,6 +173,7 @@ def _spell_truth(answer: Any) -> str:
 
 
 def _cut(text: str) -> str:
+    text = _CONTROL.sub("\N{REPLACEMENT CHARACTER}", text)
     return text if len(text) <= _MAX_SHOWN else f"{text[:_MAX_SHOWN]} ... ({len(text)} characters)"
 
 
@@ -237,7 +240,8 @@ th, td { text-align: left; padding: .2rem .9rem .2rem 0; white-space: nowrap; }
 thead th, tr.first td { border-top: 1px solid var(--line); }
 .cases { display: grid; grid-template-columns: repeat(auto-fill, minmax(300px, 1fr)); gap: 1rem; align-items: start; }
 article { border: 1px solid var(--line); border-radius: 8px; padding: .8rem; overflow: hidden; }
-article img { max-width: 100%; max-height: 280px; display: block; margin: 0 auto .5rem; background: #fff; }
+article img { max-width: 100%; min-height: 40px; max-height: 280px; object-fit: contain;
+  display: block; margin: 0 auto .5rem; background: #fff; }
 .id { font-size: .75rem; opacity: .7; margin: 0; overflow-wrap: anywhere; } .question { margin: .3rem 0; }
 pre { white-space: pre-wrap; overflow-wrap: anywhere; margin: 0; padding: .3rem .5rem; background: var(--soft);
   border-radius: 4px; max-height: 14rem; overflow-y: auto; font-size: .8rem; }
