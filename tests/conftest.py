@@ -1,13 +1,17 @@
 """Small parts that every test can afford: slicing of 64-px slices, the byte tokenizer, drawn images."""
 
+import io
+import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 import tiny_models
 from PIL import Image, ImageDraw
 from transformers import PreTrainedTokenizerFast
 
+from vlmslice import cli
 from vlmslice.image_processing import VlmSliceImageProcessor
 from vlmslice.processing import VlmSliceProcessor
 from vlmslice.slicing import SlicingConfig
@@ -63,3 +67,34 @@ def saved_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     tiny_models.tiny_model().save_pretrained(folder)
     tiny_models.tiny_processor().save_pretrained(folder)
     return folder
+
+
+class Result(NamedTuple):
+    code: int
+    out: str
+    err: str
+
+
+Vlmslice = Callable[..., Result]
+
+
+@pytest.fixture
+def vlmslice_command(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Vlmslice:
+    """Runs the command in this process, which has loaded torch already."""
+
+    def run(*arguments: object, stdin: bytes = b"") -> Result:
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(stdin)))
+        with pytest.raises(SystemExit) as exit:
+            cli.run([str(argument) for argument in arguments])
+        return Result(exit.value.code, *capsys.readouterr())  # type: ignore[arg-type]
+
+    return run
+
+
+def assert_user_error(result: Result, *words: str) -> None:
+    assert result.code == 2
+    assert result.out == ""
+    assert result.err.startswith("error: ")
+    assert result.err.count("\n") == 1
+    for word in words:
+        assert word in result.err

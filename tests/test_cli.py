@@ -1,12 +1,10 @@
-import io
 import json
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
 
 import pytest
+from conftest import Result, Vlmslice, assert_user_error
 from PIL import Image
 from tiny_models import noise_image
 
@@ -17,42 +15,11 @@ from vlmslice.slicing import SlicingConfig, plan_slices
 ROOT = Path(__file__).parents[1]
 
 
-class Result(NamedTuple):
-    code: int
-    out: str
-    err: str
-
-
-Vlmslice = Callable[..., Result]
-
-
-@pytest.fixture
-def vlmslice_command(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Vlmslice:
-    """Runs the command in this process, which has loaded torch already."""
-
-    def run(*arguments: object, stdin: bytes = b"") -> Result:
-        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(stdin)))
-        with pytest.raises(SystemExit) as exit:
-            cli.run([str(argument) for argument in arguments])
-        return Result(exit.value.code, *capsys.readouterr())  # type: ignore[arg-type]
-
-    return run
-
-
 @pytest.fixture
 def image_file(tmp_path: Path) -> Path:
     path = tmp_path / "image.png"
     noise_image(100, 200).save(path)
     return path
-
-
-def assert_user_error(result: Result, *words: str) -> None:
-    assert result.code == 2
-    assert result.out == ""
-    assert result.err.startswith("error: ")
-    assert result.err.count("\n") == 1
-    for word in words:
-        assert word in result.err
 
 
 class TestPlan:
@@ -195,7 +162,7 @@ class TestDoctor:
 
 
 class TestCommand:
-    @pytest.mark.parametrize("command", ["ask", "plan", "compose", "doctor"])
+    @pytest.mark.parametrize("command", ["ask", "plan", "eval", "compose", "doctor"])
     def test_help(self, vlmslice_command: Vlmslice, command: str) -> None:
         result = vlmslice_command(command, "--help")
         assert result.code == 0
@@ -214,7 +181,8 @@ class TestCommand:
         assert_user_error(vlmslice_command("compose", "--vision", "x"), "Missing option")
 
     @pytest.mark.parametrize(
-        "arguments", [["--help"], ["plan", "4000x100"], ["ask", "--help"], ["doctor", "-h"]]
+        "arguments",
+        [["--help"], ["plan", "4000x100"], ["ask", "--help"], ["eval", "--help"], ["doctor", "-h"]],
     )
     def test_answers_without_torch(self, arguments: list[str]) -> None:
         code = (

@@ -63,6 +63,43 @@ class TestAsk:
             assistant.ask([noise_image(40, 40)], "read", policy="uhdd")
 
 
+class TestAskBatch:
+    def test_answers_are_those_of_ask(self, assistant: Assistant) -> None:
+        samples = [
+            ([noise_image(100, 200)], "read the line"),
+            ([noise_image(40, 300, 1)], "q"),
+            ([], "hello"),
+            ([noise_image(300, 60, 2), noise_image(40, 40, 3)], "which of them is it?"),
+        ]
+        batch = assistant.ask_batch(samples, max_new_tokens=12)
+        assert len({answer.text for answer in batch}) == len(samples)
+        for (images, question), got in zip(samples, batch, strict=True):
+            alone = assistant.ask(images, question, max_new_tokens=12)
+            assert (got.text, got.plans) == (alone.text, alone.plans)
+            assert got.num_visual_tokens == alone.num_visual_tokens
+            assert got.num_new_tokens == alone.num_new_tokens
+            assert list(got.seconds) == list(alone.seconds)
+            assert all(0 < value < 60 for value in got.seconds.values())
+
+    def test_lengths_end_with_the_end_token(self) -> None:
+        assistant = Assistant(tiny_model(), tiny_processor())
+        samples = [([noise_image(100, 200)], "read the line"), ([noise_image(40, 300, 1)], "q")]
+        assert {a.num_new_tokens for a in assistant.ask_batch(samples, max_new_tokens=12)} == {12}
+        ids = answer(
+            assistant.model, encode(assistant.processor, chat("read the line", *samples[0][0])), num_tokens=12
+        )[0]
+        assistant.model.generation_config.eos_token_id = [ids[3]]
+        batch = assistant.ask_batch(samples, max_new_tokens=12)
+        alone = [assistant.ask(images, question, max_new_tokens=12) for images, question in samples]
+        assert batch[0].num_new_tokens == ids.index(ids[3]) + 1
+        assert [a.num_new_tokens for a in batch] == [a.num_new_tokens for a in alone]
+
+    def test_overrides_reach_the_plans(self, assistant: Assistant) -> None:
+        samples = [([noise_image(100, 200)], "read"), ([noise_image(200, 100)], "read")]
+        for got in assistant.ask_batch(samples, policy="uhd", max_visual_tokens=20, max_new_tokens=1):
+            assert got.plans[0].policy == "uhd" and got.num_visual_tokens <= 20
+
+
 class TestStreamer:
     @pytest.mark.parametrize(
         "text", ["", "one two", "naïve café 三千 🙂 ok", "line\nline two\n", "\n", " x "]

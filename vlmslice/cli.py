@@ -178,6 +178,73 @@ def plan(
         print(_describe_plan(result))
 
 
+@app.command("eval")
+def evaluate_command(
+    suite: Annotated[
+        str,
+        typer.Option(
+            metavar="SUITE", help="`synthetic`, `dev`, or a JSONL file of image, task, question, answer."
+        ),
+    ],
+    model: _Model = None,
+    data_root: Annotated[
+        Path | None, typer.Option(metavar="FOLDER", help="Folder of the real images, for the suite `dev`.")
+    ] = None,
+    part: Annotated[
+        list[str] | None, typer.Option(metavar="PART", help="This part of the suite only; repeatable.")
+    ] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Most samples of each part.")] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option(metavar="FOLDER", help="Where everything goes.  [default: runs/eval/MODEL-SUITE]"),
+    ] = None,
+    batch_size: Annotated[int, typer.Option(min=1, help="Questions asked at once.")] = 8,
+    policy: _Policy = None,
+    max_visual_tokens: _MaxVisualTokens = None,
+    max_new_tokens: Annotated[
+        int | None, typer.Option(min=1, help="Most tokens of an answer.  [default: by task]")
+    ] = None,
+    peer: Annotated[
+        list[str] | None,
+        typer.Option(metavar="PEER", help="Score `tesseract` or `rapidocr` on the OCR rows too; repeatable."),
+    ] = None,
+    restart: Annotated[
+        bool, typer.Option("--restart", help="Delete what an earlier run left in the folder.")
+    ] = False,
+    as_json: _Json = False,
+) -> None:
+    """Score a model on a suite, into a folder with predictions, figures and a page of cases; goes on after a kill.
+
+    - `vlmslice eval --suite synthetic --limit 60`
+    - `vlmslice eval --suite dev --data-root data --part receipt-lines --limit 200 --peer tesseract`
+    - `vlmslice eval --suite rows.jsonl --model runs/nano/read/final --out report --json`
+
+    The folder gets `report.html`, `results.json`, `results.md`, `predictions.jsonl` and `manifest.json`; `--json`
+    prints what `results.json` holds. Intervals are 95 % bootstrap intervals over images.
+    """
+    from vlmslice.model_files import find_model
+
+    model_name = find_model(model).resolve().name
+
+    from transformers.utils.logging import disable_progress_bar
+
+    from vlmslice.evaluation import EvaluationOptions, evaluate
+    from vlmslice.peers import load_peer
+    from vlmslice.suites import open_suite
+
+    disable_progress_bar()
+    peers = [load_peer(name) for name in dict.fromkeys(peer or ())]
+    opened = open_suite(suite, data_root=data_root, limit=limit, parts=part)
+    folder = out or Path("runs", "eval", f"{model_name}-{opened.name}")
+    options = EvaluationOptions(policy, max_visual_tokens, max_new_tokens, batch_size)
+    results = evaluate(model, opened, folder, options=options, peers=peers, restart=restart)
+    if as_json:
+        _print_json(results)
+    else:
+        _print_results(results)
+    _note(f"report written to {folder / 'report.html'}")
+
+
 @app.command(
     add_help_option=False,
     context_settings={
@@ -280,6 +347,23 @@ def _summarize(answer: Answer, seconds: dict[str, float]) -> str:
     grids = ", ".join("x".join(map(str, plan.grid)) for plan in answer.plans)
     times = ", ".join(f"{stage.replace('_', ' ')} {value:.2f} s" for stage, value in seconds.items())
     return f"grid {grids} | {answer.num_visual_tokens} visual tokens | {times}"
+
+
+def _print_results(results: dict[str, Any]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    from vlmslice.evaluation_report import result_lines
+
+    header, lines = result_lines(results)
+    table = Table(*header, box=None, pad_edge=False)
+    before = None
+    for name, num_samples, *rest in lines:
+        table.add_row(*((name, num_samples) if name != before else ("", "")), *rest)
+        before = name
+    # Into a file or a pipe, nothing is folded.
+    console = Console(width=None if sys.stdout.isatty() else 10_000, markup=False, highlight=False)
+    console.print(table)
 
 
 def _print_piece(text: str) -> None:
