@@ -1,0 +1,231 @@
+"""Charts drawn by matplotlib, in its style sheets; costs about 100 ms each. Places of marks and text are its own."""
+
+from __future__ import annotations
+
+import math
+import random
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import numpy as np
+from matplotlib.font_manager import FontProperties
+from matplotlib.text import Text
+from PIL import Image
+
+from vlmslice.data.fonts import FontLibrary, load_font
+from vlmslice.data.plot_types import Plot, Series, nice_ticks
+from vlmslice.data.samples import TaskConfig
+from vlmslice.data.scenes import Glyph, Region, Scene, approximate_length
+from vlmslice.data.shapes import COLORS
+from vlmslice.data.typesetting import Font
+
+STYLE_SHEETS = {
+    "train": ("default", "ggplot", "bmh", "seaborn-v0_8-whitegrid", "seaborn-v0_8-ticks", "dark_background", "classic"),
+    "eval": ("fivethirtyeight", "Solarize_Light2", "seaborn-v0_8-darkgrid", "grayscale"),
+}
+"""Style sheets of matplotlib by split."""
+
+_PALETTE = ("red", "green", "blue", "orange", "purple", "brown", "pink", "gray")
+_DPI = 100
+
+
+def draw_with_matplotlib(
+    rng: random.Random, config: TaskConfig, fonts: FontLibrary, plot: Plot, height: int, width: int
+) -> tuple[Scene, tuple[str, ...]]:
+    """Draws a plot; returns the scene and the colour names of the series, as `plot_pillow.draw_with_pillow` does."""
+    import matplotlib
+    from matplotlib import style
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    sheet = rng.choice(STYLE_SHEETS[config.split])
+    size = max(9, min(30, round(min(height / 17, width / 24) * rng.uniform(0.85, 1.1))))
+    font = fonts.draw(rng, size)
+    number = len(plot.categories) if plot.kind == "pie" else len(plot.series)
+    names = rng.sample(_PALETTE, number)
+    with matplotlib.rc_context(), style.context(["default", sheet]):
+        figure = Figure(figsize=(width / _DPI, height / _DPI), dpi=_DPI)
+        canvas = FigureCanvasAgg(figure)
+        axes = figure.add_subplot()
+        drawing = _Drawing(rng, axes, plot, font, [tuple(c / 255 for c in COLORS[name]) for name in names])
+        drawing.draw(height, width)
+        canvas.draw()
+        image = Image.fromarray(np.asarray(canvas.buffer_rgba())[..., :3].copy())
+        scene = Scene(image)
+        for text in figure.findobj(Text):
+            if text.get_text() and text.get_visible():
+                _add_text(scene, text, str(font.path))
+        for kind, name, value, extent in drawing.marks:
+            left, low, right, high = extent()
+            scene.regions.append(Region(kind, name, (height - high, left, height - low, right), value))
+    return scene, tuple(names) if len(plot.series) > 1 else ()
+
+
+class _Drawing:
+    """Fills the axes of a figure; `marks` are (kind, name, value, function to their extent once drawn)."""
+
+    def __init__(self, rng: random.Random, axes: Any, plot: Plot, font: Font, colors: list[tuple[float, ...]]):
+        self.rng, self.axes, self.plot, self.font, self.colors = rng, axes, plot, font, colors
+        self.marks: list[tuple[str, str, float, Callable[[], Any]]] = []
+        self.sideways = plot.kind == "horizontal"
+
+    def _face(self, text: str = "", room: float = math.inf) -> FontProperties:
+        """The font, smaller if `text` is wider than `room` px."""
+        scale = min(1.0, room / max(1.0, self.font.getlength(text)))
+        pixels = max(7, int(self.font.size * scale))
+        return FontProperties(fname=str(self.font.path), size=pixels * 72 / _DPI)
+
+    def draw(self, height: int, width: int) -> None:
+        """Draws marks, text and legend, and places the axes so that all of it fits a picture of this size."""
+        plot, axes, size = self.plot, self.axes, self.font.size
+        axes.set_title(plot.title, fontproperties=self._face(plot.title, 0.8 * width))
+        names = [series.name for series in plot.series] if len(plot.series) > 1 else []
+        names = list(plot.categories) if plot.kind == "pie" else names
+        legend = max(map(self.font.getlength, names)) + 4.5 * size if names else 0.03 * width
+        if plot.kind == "pie":
+            self._draw_pie()
+            axes.figure.subplots_adjust(0.02, 0.04, 1 - legend / width, 1 - 2.4 * size / height)
+        else:
+            reach = (100.0 if plot.kind == "scatter" else plot.highest) * (1.18 if plot.printed else 1.08)
+            ticks = nice_ticks(reach, self.rng.randint(4, 7))
+            texts = [f"{tick:g}" for tick in ticks]
+            long = max(map(self.font.getlength, plot.categories if self.sideways else texts))
+            left = min(0.4 * width, long + 3.2 * size)
+            axes.figure.subplots_adjust(
+                left / width, 4.2 * size / height, 1 - legend / width, 1 - 2.4 * size / height
+            )
+            self._draw_axes(reach, ticks, texts, (width - left - legend) / max(1, len(plot.categories)), left)
+            {"line": self._draw_lines, "scatter": self._draw_points}.get(plot.kind, self._draw_bars)()
+        if names:
+            axes.legend(prop=self._face(), loc="upper left", bbox_to_anchor=(1.0, 1.0), borderaxespad=0.3)
+
+    def _draw_axes(self, reach: float, ticks: list[float], texts: list[str], slot: float, left: float) -> None:
+        plot, axes = self.plot, self.axes
+        x_label, y_label = (plot.y_label, plot.x_label) if self.sideways else (plot.x_label, plot.y_label)
+        axes.set_xlabel(x_label, fontproperties=self._face())
+        axes.set_ylabel(y_label, fontproperties=self._face())
+        places = range(len(plot.categories))
+        if self.sideways:
+            longest = max(plot.categories, key=self.font.getlength)
+            axes.set_yticks(places, plot.categories, fontproperties=self._face(longest, left - 3 * self.font.size))
+            axes.set_xticks(ticks, texts, fontproperties=self._face())
+            axes.set(xlim=(0, reach), ylim=(len(plot.categories) - 0.5, -0.5))
+            return
+        axes.set_yticks(ticks, texts, fontproperties=self._face())
+        if plot.kind == "scatter":
+            axes.set_xticks(ticks, texts, fontproperties=self._face())
+            axes.set(xlim=(0, reach), ylim=(0, reach))
+            return
+        longest = max(plot.categories, key=self.font.getlength)
+        axes.set_xticks(places, plot.categories, fontproperties=self._face(longest, 0.92 * slot))
+        axes.set(xlim=(-0.6, len(plot.categories) - 0.4), ylim=(0, reach))
+
+    def _print(self, value: float, x: float, y: float, **place: str) -> None:
+        self.axes.annotate(
+            f"{value:g}", (x, y), (2, 0) if self.sideways else (0, 3), textcoords="offset points",
+            fontproperties=self._face(), **place,
+        )  # fmt: skip
+
+    def _name(self, i: int, series: Series) -> str:
+        return f"{self.plot.categories[i]} {series.name}" if len(self.plot.series) > 1 else self.plot.categories[i]
+
+    def _draw_bars(self) -> None:
+        plot, axes = self.plot, self.axes
+        share = self.rng.uniform(0.5, 0.85)
+        stacked = plot.kind == "stacked"
+        wide = share / (1 if stacked else len(plot.series))
+        bases = [0.0] * len(plot.categories)
+        for j, (series, color) in enumerate(zip(plot.series, self.colors, strict=False)):
+            shift = 0.0 if stacked else (j + 0.5) * wide - share / 2
+            places = [i + shift for i in range(len(plot.categories))]
+            if self.sideways:
+                bars = axes.barh(places, series.values, wide, color=color, label=series.name)
+            else:
+                bars = axes.bar(places, series.values, wide, bases, color=color, label=series.name)
+            for i, (bar, value) in enumerate(zip(bars, series.values, strict=True)):
+                self.marks.append(("bar", self._name(i, series), value, partial(_extent_of, bar)))
+                if plot.printed and self.sideways:
+                    self._print(value, value, places[i], ha="left", va="center")
+                elif plot.printed and stacked:
+                    middle = bases[i] + value / 2
+                    axes.text(places[i], middle, f"{value:g}", fontproperties=self._face(), ha="center", va="center")
+                elif plot.printed:
+                    self._print(value, places[i], value, ha="center", va="bottom")
+            if stacked:
+                bases = [base + value for base, value in zip(bases, series.values, strict=True)]
+
+    def _draw_lines(self) -> None:
+        for series, color in zip(self.plot.series, self.colors, strict=False):
+            places = range(len(series.values))
+            self.axes.plot(places, series.values, color=color, marker=self.rng.choice("os^D"), label=series.name)
+            for i, value in enumerate(series.values):
+                self._mark_point(self._name(i, series), i, value)
+                if self.plot.printed and len(self.plot.series) == 1:
+                    self._print(value, i, value, ha="center", va="bottom")
+
+    def _draw_points(self) -> None:
+        for series, color in zip(self.plot.series, self.colors, strict=False):
+            self.axes.scatter(series.across, series.values, s=20, color=color, label=series.name)
+            for x, y in zip(series.across, series.values, strict=True):
+                self._mark_point(series.name, x, y)
+
+    def _mark_point(self, name: str, x: float, value: float) -> None:
+        self.marks.append(("point", name, value, partial(_extent_at, self.axes, x, value)))
+
+    def _draw_pie(self) -> None:
+        names, values = self.plot.categories, self.plot.series[0].values
+        wedges, texts = self.axes.pie(
+            values, labels=[f"{value:g}%" for value in values], colors=self.colors, startangle=90, counterclock=False,
+            labeldistance=1.04, textprops={"fontproperties": self._face()},
+        )  # fmt: skip
+        for wedge, name, value in zip(wedges, names, values, strict=True):
+            wedge.set_label(name)
+            self.marks.append(("wedge", name, value, partial(_extent_of_wedge, self.axes, wedge)))
+
+
+def _extent_of(artist: Any) -> Any:
+    return artist.get_window_extent().extents
+
+
+def _extent_at(axes: Any, x: float, y: float) -> tuple[float, float, float, float]:
+    across, up = axes.transData.transform((x, y))
+    return across - 4, up - 4, across + 4, up + 4
+
+
+def _extent_of_wedge(axes: Any, wedge: Any) -> tuple[float, float, float, float]:
+    """A square about the middle of a wedge, as `plot_pillow` has it."""
+    middle = math.radians((wedge.theta1 + wedge.theta2) / 2)
+    arm = min(0.2, abs(wedge.theta2 - wedge.theta1) / 360)
+    x, y = 0.7 * math.cos(middle), 0.7 * math.sin(middle)
+    (left, low), (right, high) = axes.transData.transform([(x - arm, y - arm), (x + arm, y + arm)])
+    return left, low, right, high
+
+
+def _add_text(scene: Scene, text: Any, path: str) -> None:
+    """Adds the glyphs of a text that lies or runs upwards, from its extent and the advances of its characters."""
+    string = text.get_text()
+    left, low, right, high = text.get_window_extent().extents
+    top, bottom = scene.image.height - high, scene.image.height - low
+    scene.regions.append(Region("line", string, (top, left, bottom, right)))
+    font = load_font(path, round(text.get_fontsize() * _DPI / 72))
+    ascent, _ = font.getmetrics()
+    ink = font.getbbox(string)
+    upwards = text.get_rotation() == 90
+    along = (bottom - top if upwards else right - left) / max(1.0, ink[2] - ink[0])
+    # The extent of a line reaches as low as "p" does, whatever it says.
+    below = max(font.getbbox("lp")[3], ink[3]) - ascent
+    cap = ascent - font.getbbox("H")[1]
+    drop = 0.18 * cap
+    start = -ink[0] * along
+    for character in string:
+        end = start + approximate_length(font, character) * along
+        if not character.isspace():
+            if upwards:
+                base = right - below
+                box = (bottom - end, base - cap - drop, bottom - start, base + drop)
+            else:
+                base = bottom - below
+                box = (base - cap - drop, left + start, base + drop, left + end)
+            scene.glyphs.append(Glyph(character, box))
+        start = end
