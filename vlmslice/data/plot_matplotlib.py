@@ -10,7 +10,6 @@ from typing import Any
 
 import numpy as np
 from matplotlib.font_manager import FontProperties
-from matplotlib.text import Text
 from PIL import Image
 
 from vlmslice.data.fonts import FontLibrary, load_font
@@ -50,12 +49,13 @@ def draw_with_matplotlib(
         axes = figure.add_subplot()
         drawing = _Drawing(rng, axes, plot, font, [tuple(c / 255 for c in COLORS[name]) for name in names])
         drawing.draw(height, width)
+        written: list[tuple] = []
+        _note_texts(canvas.get_renderer(), written)
         canvas.draw()
         image = Image.fromarray(np.asarray(canvas.buffer_rgba())[..., :3].copy())
         scene = Scene(image)
-        for text in figure.findobj(Text):
-            if text.get_text() and text.get_visible():
-                _add_text(scene, text, str(font.path))
+        for string, x, baseline, face, angle in written:
+            _add_text(scene, string, x, baseline, face, angle)
         for kind, name, value, extent in drawing.marks:
             left, low, right, high = extent()
             scene.regions.append(Region(kind, name, (height - high, left, height - low, right), value))
@@ -85,7 +85,10 @@ class _Drawing:
         legend = max(map(self.font.getlength, names)) + 4.5 * size if names else 0.03 * width
         if plot.kind == "pie":
             self._draw_pie()
-            axes.figure.subplots_adjust(0.02, 0.04, 1 - legend / width, 1 - 2.4 * size / height)
+            beside = 3.2 * size  # the percentages
+            axes.figure.subplots_adjust(
+                beside / width, 0.06, 1 - max(0.1 * width, legend + beside) / width, 1 - 3.5 * size / height
+            )
         else:
             reach = (100.0 if plot.kind == "scatter" else plot.highest) * (1.18 if plot.printed else 1.08)
             ticks = nice_ticks(reach, self.rng.randint(4, 7))
@@ -99,6 +102,8 @@ class _Drawing:
             {"line": self._draw_lines, "scatter": self._draw_points}.get(plot.kind, self._draw_bars)()
         if names:
             axes.legend(prop=self._face(), loc="upper left", bbox_to_anchor=(1.0, 1.0), borderaxespad=0.3)
+            if plot.kind == "pie":
+                axes.get_legend().set_bbox_to_anchor((1 - legend / width, 0.85), axes.figure.transFigure)
 
     def _draw_axes(self, reach: float, ticks: list[float], texts: list[str], slot: float, left: float) -> None:
         plot, axes = self.plot, self.axes
@@ -184,6 +189,17 @@ class _Drawing:
             self.marks.append(("wedge", name, value, partial(_extent_of_wedge, self.axes, wedge)))
 
 
+def _note_texts(renderer: Any, written: list[tuple]) -> None:
+    """Makes a renderer note every text that it draws: string, x, y of the baseline from the top, font, angle."""
+    draw_text = renderer.draw_text
+
+    def draw_and_note(gc, x, y, string, face, angle, *args, **kwargs):
+        written.append((string, x, y, face, angle))
+        draw_text(gc, x, y, string, face, angle, *args, **kwargs)
+
+    renderer.draw_text = draw_and_note
+
+
 def _extent_of(artist: Any) -> Any:
     return artist.get_window_extent().extents
 
@@ -202,30 +218,32 @@ def _extent_of_wedge(axes: Any, wedge: Any) -> tuple[float, float, float, float]
     return left, low, right, high
 
 
-def _add_text(scene: Scene, text: Any, path: str) -> None:
-    """Adds the glyphs of a text that lies or runs upwards, from its extent and the advances of its characters."""
-    string = text.get_text()
-    left, low, right, high = text.get_window_extent().extents
-    top, bottom = scene.image.height - high, scene.image.height - low
-    scene.regions.append(Region("line", string, (top, left, bottom, right)))
-    font = load_font(path, round(text.get_fontsize() * _DPI / 72))
+def _add_text(scene: Scene, string: str, x: float, baseline: float, face: FontProperties, angle: float) -> None:
+    """Adds the boxes of a text that lies or runs upwards, as `scenes.draw_line` gives them.
+
+    Args:
+        scene: added to.
+        string: the text.
+        x: where its first character starts, px.
+        baseline: y at that point, px from the top.
+        face: its font.
+        angle: 0 or 90 degrees.
+    """
+    font = load_font(face.get_file(), round(face.get_size_in_points() * _DPI / 72))
     ascent, _ = font.getmetrics()
-    ink = font.getbbox(string)
-    upwards = text.get_rotation() == 90
-    along = (bottom - top if upwards else right - left) / max(1.0, ink[2] - ink[0])
-    # The extent of a line reaches as low as "p" does, whatever it says.
-    below = max(font.getbbox("lp")[3], ink[3]) - ascent
     cap = ascent - font.getbbox("H")[1]
     drop = 0.18 * cap
-    start = -ink[0] * along
+    stretch = font.getlength(string) / approximate_length(font, string)
+    start = 0.0
     for character in string:
-        end = start + approximate_length(font, character) * along
+        end = start + approximate_length(font, character) * stretch
+        box = (baseline - cap - drop, x + start, baseline + drop, x + end)
+        if angle == 90:
+            box = (baseline - end, x - cap - drop, baseline - start, x + drop)
         if not character.isspace():
-            if upwards:
-                base = right - below
-                box = (bottom - end, base - cap - drop, bottom - start, base + drop)
-            else:
-                base = bottom - below
-                box = (base - cap - drop, left + start, base + drop, left + end)
             scene.glyphs.append(Glyph(character, box))
         start = end
+    whole = (baseline - cap - drop, x, baseline + drop, x + start)
+    if angle == 90:
+        whole = (baseline - start, x - cap - drop, baseline, x + drop)
+    scene.regions.append(Region("line", string, whole))

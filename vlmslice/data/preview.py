@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 
 from PIL import Image, ImageDraw, ImageFont
 
-from vlmslice.data.fonts import FontLibrary
+from vlmslice.data.fonts import FontLibrary, load_font, matplotlib_font_dir
 from vlmslice.data.samples import TaskConfig, TaskSample
 from vlmslice.data.scenes import Scene
 from vlmslice.data.tasks import TASKS, Curriculum, TaskDataset
@@ -51,7 +51,9 @@ def contact_sheet(samples: Sequence[TaskSample], columns: int = 4, tile: int = 3
         boxes: draw the dense truth over each picture: glyphs and shapes red, words green, lines blue, other regions
             violet.
     """
-    font = ImageFont.load_default(12)
+    # Pillow's own font lacks accented letters.
+    carried = matplotlib_font_dir()
+    font = load_font(str(carried / "DejaVuSans.ttf"), 12) if carried else ImageFont.load_default(12)
     tiles = [_tile(sample, tile, boxes, font) for sample in samples]
     rows = [tiles[i : i + columns] for i in range(0, len(tiles), columns)]
     width = columns * tile + (columns + 1) * _GAP

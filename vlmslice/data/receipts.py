@@ -16,7 +16,7 @@ from vlmslice.data.typesetting import Font, Pen, line_height
 _ASPECTS = (0.28, 0.8)
 _MIN_AREA = 160 * 130
 _SMALLEST = 9  # px per em
-_ITEMS_WORDS = ("TOTAL", "Total", "TOTAL DUE", "Grand Total", "AMOUNT DUE", "Total Amount")
+_TOTAL_WORDS = ("TOTAL", "Total", "TOTAL DUE", "Grand Total", "AMOUNT DUE", "Total Amount")
 _CASH_WORDS = ("CASH", "Cash", "VISA", "Card", "Mastercard")
 _THANKS = ("THANK YOU", "Thank you!", "Please come again", "GOODS SOLD ARE NOT RETURNABLE", "Have a nice day")
 
@@ -88,8 +88,8 @@ def read_receipt(
     most = int(0.94 * height / (1.25 * _SMALLEST)) - 10
     num_items = max(1, min(rng.randint(*config.num_lines), most, (config.max_answer - 120) // 22))
     receipt = random_receipt(rng, phrases, num_items)
-    receipt = _spelled(receipt, font, rng.choice(("", "", "$", "RM ", "EUR ")))
-    rows = _rows(rng, phrases, receipt, font)
+    receipt = _spelled(receipt, font)
+    rows = _rows(rng, phrases, receipt, font, rng.choice(("", "", "$", "RM ", "EUR ")))
     font = _fit(font, rows, 0.96 * height, 0.92 * width)
     ink = (rng.randrange(70),) * 3 if rng.random() < 0.8 else (40, 40, rng.randrange(90, 140))
     white = rng.randrange(215, 256)
@@ -118,18 +118,21 @@ def read_receipt(
     return TaskSample("receipt", scene, question, answer)
 
 
-def _spelled(receipt: Receipt, font: Font, currency: str) -> Receipt:
-    """The receipt in characters that the font has, its total with a currency."""
+def _spelled(receipt: Receipt, font: Font) -> Receipt:
+    """The receipt in characters that the font has."""
     return Receipt(
         spell(receipt.company, font),
         spell(receipt.address, font),
         receipt.date,
         tuple((spell(name, font), price) for name, price in receipt.items),
-        currency + receipt.total,
+        receipt.total,
     )
 
 
-def _rows(rng: random.Random, phrases: Phrases, receipt: Receipt, font: Font) -> list[Row]:
+def _rows(
+    rng: random.Random, phrases: Phrases, receipt: Receipt, font: Font, currency: str
+) -> list[Row]:
+    """All lines in print; the total comes with its currency, which answers leave out."""
     rule: Row = ("", "")
     street, place = receipt.address.split(", ")
     rows = [(receipt.company, ""), (f"{street},", ""), (place, "")]
@@ -144,9 +147,9 @@ def _rows(rng: random.Random, phrases: Phrases, receipt: Receipt, font: Font) ->
         rows.append(rule)
     if rng.random() < 0.3:
         rows.append(("Items", str(len(receipt.items))))
-    rows.append((rng.choice(_ITEMS_WORDS), receipt.total))
+    rows.append((rng.choice(_TOTAL_WORDS), currency + receipt.total))
     if rng.random() < 0.4:
-        rows.append((rng.choice(_CASH_WORDS), receipt.total))
+        rows.append((rng.choice(_CASH_WORDS), currency + receipt.total))
     rows += dated if last else []
     if rng.random() < 0.5:
         rows.append((rng.choice(_THANKS), ""))
