@@ -28,7 +28,7 @@ def check_tasks(names: Sequence[str]) -> None:
     for name in names:
         if name not in TASKS:
             raise UnknownTaskError(
-                f"there is no task {name!r}{suggestion(name, TASKS)}; expected one of {', '.join(TASKS)}"
+                f"there is no task {name!r}; expected one of {', '.join(TASKS)}{suggestion(name, TASKS)}"
             )
 
 
