@@ -9,7 +9,7 @@ from PIL import Image, ImageChops
 
 from vlmslice.data.scenes import Color, Scene, add_camera_effects, random_color
 
-_SHADOW_GRID = 6
+_SHADOW_GRID = 4
 
 
 def photograph(rng: random.Random, scene: Scene, share: float) -> Scene:
@@ -92,9 +92,9 @@ def shade(rng: random.Random, image: Image.Image) -> Image.Image:
 
 
 def fade(rng: random.Random, image: Image.Image) -> Image.Image:
-    """Contrast lowered by up to a half, towards some grey."""
+    """Contrast lowered by up to two fifths, towards some grey."""
     gray = rng.randrange(60, 220)
-    return Image.blend(image, Image.new("RGB", image.size, (gray, gray, gray)), rng.uniform(0.2, 0.5))
+    return Image.blend(image, Image.new("RGB", image.size, (gray, gray, gray)), rng.uniform(0.15, 0.4))
 
 
 def print_thermally(rng: random.Random, image: Image.Image, pitch: int) -> Image.Image:

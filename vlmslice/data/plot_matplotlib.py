@@ -13,6 +13,7 @@ from matplotlib.font_manager import FontProperties
 from PIL import Image
 
 from vlmslice.data.fonts import FontLibrary, load_font
+from vlmslice.data.plot_pillow import has_room
 from vlmslice.data.plot_types import Plot, Series, nice_ticks
 from vlmslice.data.samples import TaskConfig
 from vlmslice.data.scenes import Glyph, Region, Scene, approximate_length
@@ -69,6 +70,8 @@ class _Drawing:
         self.rng, self.axes, self.plot, self.font, self.colors = rng, axes, plot, font, colors
         self.marks: list[tuple[str, str, float, Callable[[], Any]]] = []
         self.sideways = plot.kind == "horizontal"
+        self.slot = 0.0
+        """Width of a category, px."""
 
     def _face(self, text: str = "", room: float = math.inf) -> FontProperties:
         """The font, smaller if `text` is wider than `room` px."""
@@ -79,33 +82,43 @@ class _Drawing:
     def draw(self, height: int, width: int) -> None:
         """Draws marks, text and legend, and places the axes so that all of it fits a picture of this size."""
         plot, axes, size = self.plot, self.axes, self.font.size
-        axes.set_title(plot.title, fontproperties=self._face(plot.title, 0.8 * width))
+        margin = 0.3 * size / height
+        axes.figure.suptitle(plot.title, y=1 - margin, va="top", fontproperties=self._face(plot.title, 0.92 * width))
         names = [series.name for series in plot.series] if len(plot.series) > 1 else []
         names = list(plot.categories) if plot.kind == "pie" else names
-        legend = max(map(self.font.getlength, names)) + 4.5 * size if names else 0.03 * width
+        legend = max(map(self.font.getlength, names)) + 4.5 * size if names else 0.0
+        above = plot.kind != "pie" and legend > 0.28 * width
+        columns = max(1, int(0.96 * width / legend)) if above else 1
+        top = 2.4 * size + (2.1 * size * math.ceil(len(names) / columns) if above else 0)
+        right = width - max(0.03 * width, 0 if above else legend)
         if plot.kind == "pie":
             self._draw_pie()
-            beside = 3.2 * size  # the percentages
-            axes.figure.subplots_adjust(
-                beside / width, 0.06, 1 - max(0.1 * width, legend + beside) / width, 1 - 3.5 * size / height
-            )
+            beside = 2.6 * size  # the percentages
+            axes.figure.subplots_adjust(beside / width, 0.08, (right - beside) / width, 1 - (top + size) / height)
         else:
             reach = (100.0 if plot.kind == "scatter" else plot.highest) * (1.18 if plot.printed else 1.08)
             ticks = nice_ticks(reach, self.rng.randint(4, 7))
             texts = [f"{tick:g}" for tick in ticks]
             long = max(map(self.font.getlength, plot.categories if self.sideways else texts))
             left = min(0.4 * width, long + 3.2 * size)
-            axes.figure.subplots_adjust(
-                left / width, 4.2 * size / height, 1 - legend / width, 1 - 2.4 * size / height
-            )
-            self._draw_axes(reach, ticks, texts, (width - left - legend) / max(1, len(plot.categories)), left)
+            axes.figure.subplots_adjust(left / width, 4.2 * size / height, right / width, 1 - top / height)
+            self.slot = (right - left) / max(1, len(plot.categories))
+            self._draw_axes(reach, ticks, texts, left)
             {"line": self._draw_lines, "scatter": self._draw_points}.get(plot.kind, self._draw_bars)()
-        if names:
-            axes.legend(prop=self._face(), loc="upper left", bbox_to_anchor=(1.0, 1.0), borderaxespad=0.3)
-            if plot.kind == "pie":
-                axes.get_legend().set_bbox_to_anchor((1 - legend / width, 0.85), axes.figure.transFigure)
+        if above:
+            axes.figure.legend(
+                prop=self._face(), ncols=columns, loc="upper center", borderaxespad=0,
+                bbox_to_anchor=(0.5, 1 - 2.0 * size / height), frameon=False,
+            )  # fmt: skip
+        elif names:
+            # Eight names of a pie need the whole height.
+            face = self._face()
+            face.set_size(face.get_size_in_points() * min(1.0, (height - top) / (2.1 * size * len(names))))
+            axes.figure.legend(
+                prop=face, loc="upper left", borderaxespad=0.3, bbox_to_anchor=(right / width, 1 - top / height)
+            )
 
-    def _draw_axes(self, reach: float, ticks: list[float], texts: list[str], slot: float, left: float) -> None:
+    def _draw_axes(self, reach: float, ticks: list[float], texts: list[str], left: float) -> None:
         plot, axes = self.plot, self.axes
         x_label, y_label = (plot.y_label, plot.x_label) if self.sideways else (plot.x_label, plot.y_label)
         axes.set_xlabel(x_label, fontproperties=self._face())
@@ -123,13 +136,14 @@ class _Drawing:
             axes.set(xlim=(0, reach), ylim=(0, reach))
             return
         longest = max(plot.categories, key=self.font.getlength)
-        axes.set_xticks(places, plot.categories, fontproperties=self._face(longest, 0.92 * slot))
+        axes.set_xticks(places, plot.categories, fontproperties=self._face(longest, 0.92 * self.slot))
         axes.set(xlim=(-0.6, len(plot.categories) - 0.4), ylim=(0, reach))
 
-    def _print(self, value: float, x: float, y: float, **place: str) -> None:
+    def _print(self, value: float, x: float, y: float, room: float, **place: str) -> None:
+        text = f"{value:g}"
         self.axes.annotate(
-            f"{value:g}", (x, y), (2, 0) if self.sideways else (0, 3), textcoords="offset points",
-            fontproperties=self._face(), **place,
+            text, (x, y), (2, 0) if self.sideways else (0, 3), textcoords="offset points",
+            fontproperties=self._face(text, room), **place,
         )  # fmt: skip
 
     def _name(self, i: int, series: Series) -> str:
@@ -140,6 +154,8 @@ class _Drawing:
         share = self.rng.uniform(0.5, 0.85)
         stacked = plot.kind == "stacked"
         wide = share / (1 if stacked else len(plot.series))
+        room = math.inf if self.sideways else self.slot * (0.95 if len(plot.series) == 1 else wide)
+        printed = plot.printed and (len(plot.series) == 1 or has_room(plot, self.font, room))
         bases = [0.0] * len(plot.categories)
         for j, (series, color) in enumerate(zip(plot.series, self.colors, strict=False)):
             shift = 0.0 if stacked else (j + 0.5) * wide - share / 2
@@ -150,13 +166,13 @@ class _Drawing:
                 bars = axes.bar(places, series.values, wide, bases, color=color, label=series.name)
             for i, (bar, value) in enumerate(zip(bars, series.values, strict=True)):
                 self.marks.append(("bar", self._name(i, series), value, partial(_extent_of, bar)))
-                if plot.printed and self.sideways:
-                    self._print(value, value, places[i], ha="left", va="center")
-                elif plot.printed and stacked:
+                if printed and self.sideways:
+                    self._print(value, value, places[i], room, ha="left", va="center")
+                elif printed and stacked:
                     middle = bases[i] + value / 2
-                    axes.text(places[i], middle, f"{value:g}", fontproperties=self._face(), ha="center", va="center")
-                elif plot.printed:
-                    self._print(value, places[i], value, ha="center", va="bottom")
+                    axes.text(places[i], middle, f"{value:g}", fontproperties=self._face(f"{value:g}", room), ha="center", va="center")
+                elif printed:
+                    self._print(value, places[i], value, room, ha="center", va="bottom")
             if stacked:
                 bases = [base + value for base, value in zip(bases, series.values, strict=True)]
 
@@ -167,7 +183,7 @@ class _Drawing:
             for i, value in enumerate(series.values):
                 self._mark_point(self._name(i, series), i, value)
                 if self.plot.printed and len(self.plot.series) == 1:
-                    self._print(value, i, value, ha="center", va="bottom")
+                    self._print(value, i, value, 0.95 * self.slot, ha="center", va="bottom")
 
     def _draw_points(self) -> None:
         for series, color in zip(self.plot.series, self.colors, strict=False):
@@ -184,6 +200,7 @@ class _Drawing:
             values, labels=[f"{value:g}%" for value in values], colors=self.colors, startangle=90, counterclock=False,
             labeldistance=1.04, textprops={"fontproperties": self._face()},
         )  # fmt: skip
+        self.axes.set(xlim=(-1.1, 1.1), ylim=(-1.1, 1.1))
         for wedge, name, value in zip(wedges, names, values, strict=True):
             wedge.set_label(name)
             self.marks.append(("wedge", name, value, partial(_extent_of_wedge, self.axes, wedge)))

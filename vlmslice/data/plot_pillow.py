@@ -101,6 +101,12 @@ def draw_with_pillow(
     return scene, tuple(names) if len(plot.series) > 1 else ()
 
 
+def has_room(plot: Plot, font: Font, room: float) -> bool:
+    """Whether every value can be printed at 8 px or more within `room` px."""
+    longest = max(font.getlength(f"{value:g}") for series in plot.series for value in series.values)
+    return longest * 8 / font.size <= room
+
+
 class _Canvas:
     """One chart being drawn; coordinates of the plotted area are `top`, `left`, `bottom`, `right`, px."""
 
@@ -241,6 +247,7 @@ class _Canvas:
         share = self.rng.uniform(0.5, 0.85)
         stacked = plot.kind == "stacked"
         wide = share * slot / (1 if stacked else len(plot.series))
+        printed = plot.printed and (len(plot.series) == 1 or has_room(plot, self.font, wide))
         names_font = self._fit(max(plot.categories, key=self.font.getlength), 0.94 * slot)
         for i, category in enumerate(plot.categories):
             middle = self.left + (i + 0.5) * slot
@@ -252,11 +259,11 @@ class _Canvas:
                 box = (self.y(base + value), left, self.y(base), left + 0.96 * wide)
                 name = category if len(plot.series) == 1 else f"{category} {series.name}"
                 self._bar(box, self.colors[j], name, value)
-                if plot.printed and stacked:
+                if printed and stacked:
                     if box[2] - box[0] > 1.1 * self.unit:
                         ink = _BLACK if luminance(self.colors[j]) > 120 else _WHITE
                         self._print(value, left + wide / 2, (box[0] + box[2] + self.unit) / 2, 0.9 * wide, ink)
-                elif plot.printed:
+                elif printed:
                     self._print(value, left + wide / 2, box[0], 1.1 * wide if len(plot.series) > 1 else 0.94 * slot)
                 base += value if stacked else 0
 

@@ -11,11 +11,12 @@ from collections.abc import Sequence
 from vlmslice.data.fonts import FontLibrary, load_font, spell
 from vlmslice.data.phrases import Phrases
 from vlmslice.data.photo_effects import photograph
-from vlmslice.data.samples import TaskConfig, TaskSample, font_size
+from vlmslice.data.samples import TaskConfig, TaskSample, font_size, reshape
 from vlmslice.data.scenes import Scene, ink_and_paper, paper_image
 from vlmslice.data.typesetting import Font, Pen, line_height
 
 _SMALLEST = 9  # px per em
+_MIN_AREA = 200 * 160
 
 HTML_QUESTIONS = ("Read the table as HTML.", "Give the table as HTML.", "Transcribe the table in HTML.")
 CSV_QUESTIONS = ("Read the table as CSV.", "Give the table as CSV.", "Write the table as comma-separated values.")
@@ -50,7 +51,8 @@ def random_table(phrases: Phrases, num_rows: int, num_columns: int) -> Cells:
 def read_table(
     rng: random.Random, config: TaskConfig, fonts: FontLibrary, height: int, width: int
 ) -> TaskSample:
-    """A table of 2-5 columns; asks for HTML, CSV, a row, or a cell by row and column."""
+    """A table of 2-5 columns; asks for HTML, CSV, a row, or a cell. Small pictures grow until two columns fit."""
+    height, width = reshape(height, width, (0.5, config.max_aspect), _MIN_AREA)
     phrases = Phrases(rng, config.split, config.accents)
     size = font_size(rng, config, max(_SMALLEST, min(height, width) / 8))
     font = fonts.draw(rng, size)
