@@ -246,7 +246,9 @@ _TaskNames = Annotated[
 
 @data_app.command()
 def preview(
-    output: Annotated[Path, typer.Option("-o", "--output", metavar="SHEET.png", help="Where the sheet goes.")],
+    output: Annotated[
+        Path, typer.Option("-o", "--output", metavar="SHEET.png", help="Where the sheet goes.")
+    ],
     task: _TaskNames = None,
     num: Annotated[int, typer.Option(min=1, help="Samples of each task.")] = 4,
     seed: Annotated[int, typer.Option(help="Sample i of a seed is always the same.")] = 0,
@@ -292,15 +294,21 @@ def speed(
         print(f"{name:<12}{rate:>10.0f}{1000 / rate:>11.1f}{area:>12.2f}", flush=True)
 
 
-def _data_config(split: str, megapixels: tuple[float, float], max_count: int) -> tuple[TaskConfig, FontLibrary]:
+def _data_config(
+    split: str, megapixels: tuple[float, float], max_count: int
+) -> tuple[TaskConfig, FontLibrary]:
     """Difficulty and fonts as the options of `data` have them."""
     from vlmslice.data.fonts import FontLibrary
     from vlmslice.data.samples import TaskConfig
 
     if split not in ("train", "eval"):
-        raise _UserError(f"--split is {split!r}{suggestion(split, ('train', 'eval'))}; expected train or eval")
+        raise _UserError(
+            f"--split is {split!r}{suggestion(split, ('train', 'eval'))}; expected train or eval"
+        )
     if not 0 < megapixels[0] <= megapixels[1]:
-        raise _UserError(f"--megapixels is {megapixels[0]} {megapixels[1]}; expected 0 < LOW <= HIGH, as in 0.06 0.4")
+        raise _UserError(
+            f"--megapixels is {megapixels[0]} {megapixels[1]}; expected 0 < LOW <= HIGH, as in 0.06 0.4"
+        )
     try:
         fonts = FontLibrary(split)
     except FileNotFoundError as error:

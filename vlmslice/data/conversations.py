@@ -71,7 +71,7 @@ class ConversationDataset(Sequence[Sample]):
         self._records = self._read_array()
         for number, record in enumerate(self._records or [], start=1):
             parse_conversation(record, f"{self.path}: record {number}")
-        self._places = self._find_lines() if self._records is None else None
+        self._places = self._find_lines() if self._records is None else np.empty((0, 2), dtype=np.int64)
 
     def _read_array(self) -> list[bytes] | None:
         """The objects of a JSON array, each as a line; None for JSONL."""
@@ -97,7 +97,7 @@ class ConversationDataset(Sequence[Sample]):
         return np.array(places, dtype=np.int64).reshape(-1, 2)
 
     def __len__(self) -> int:
-        return len(self._places if self._records is None else self._records)
+        return len(self._places) if self._records is None else len(self._records)
 
     def __getitem__(self, index: int) -> Sample:  # type: ignore[override]  # no slices
         line, source = self._read(index)
@@ -132,7 +132,11 @@ def parse_conversation(line: str | bytes, source: str) -> tuple[list[dict[str, A
         record = json.loads(line)
     except ValueError as error:
         raise ConversationError(f"{source}: not valid JSON: {error}") from error
-    if isinstance(record, dict) and "messages" not in record and isinstance(record.get("conversations"), list):
+    if (
+        isinstance(record, dict)
+        and "messages" not in record
+        and isinstance(record.get("conversations"), list)
+    ):
         record = _from_llava(record)
     if not isinstance(record, dict) or not isinstance(record.get("messages"), list) or not record["messages"]:
         raise ConversationError(
@@ -157,7 +161,7 @@ def parse_conversation(line: str | bytes, source: str) -> tuple[list[dict[str, A
 def _from_llava(record: dict[str, Any]) -> dict[str, Any]:
     """LLaVA's keys turned into `messages` and `images`; what is wrong with the values is told later."""
     messages = [
-        {"role": _LLAVA_ROLES.get(turn.get("from"), turn.get("from")), "content": turn.get("value")}
+        {"role": _LLAVA_ROLES.get(str(turn.get("from")), turn.get("from")), "content": turn.get("value")}
         if isinstance(turn, dict)
         else turn
         for turn in record["conversations"]

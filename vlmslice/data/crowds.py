@@ -46,12 +46,22 @@ def textured_ground(rng: random.Random, height: int, width: int, color: Color) -
     other = tuple(int(min(255, max(0, c + rng.choice((-depth, depth))))) for c in color)
     rows, columns = np.arange(height)[:, None] // pitch, np.arange(width)[None] // pitch
     turned = rng.random() < 0.5
-    pattern = (rows + columns) % 2 if kind == "checks" else (rows + 0 * columns if turned else 0 * rows + columns) % 2
+    pattern = (
+        (rows + columns) % 2
+        if kind == "checks"
+        else (rows + 0 * columns if turned else 0 * rows + columns) % 2
+    )
     return Image.fromarray(np.array([color, other], dtype=np.uint8)[pattern])
 
 
 def place_discs(
-    rng: random.Random, height: int, width: int, number: int, radii: tuple[float, float], overlap: float, clustered: bool
+    rng: random.Random,
+    height: int,
+    width: int,
+    number: int,
+    radii: tuple[float, float],
+    overlap: float,
+    clustered: bool,
 ) -> list[Place]:
     """Places for discs that stay inside the picture; those that find no room in 60 tries are left out.
 
@@ -64,7 +74,9 @@ def place_discs(
         overlap: share by which two discs may reach into each other, of the sum of their radii; 0 keeps them apart.
         clustered: gather them round one to four centres.
     """
-    centres = [(rng.uniform(0.2, 0.8) * height, rng.uniform(0.2, 0.8) * width) for _ in range(rng.randint(1, 4))]
+    centres = [
+        (rng.uniform(0.2, 0.8) * height, rng.uniform(0.2, 0.8) * width) for _ in range(rng.randint(1, 4))
+    ]
     spread = 1.5 * math.sqrt(number) * radii[1] / math.sqrt(len(centres))
     placed: list[Place] = []
     for _ in range(number):
@@ -78,7 +90,9 @@ def place_discs(
                 y, x = rng.uniform(0, height), rng.uniform(0, width)
             if not (radius + 1 <= y <= height - radius - 1 and radius + 1 <= x <= width - radius - 1):
                 continue
-            if all((y - v) ** 2 + (x - u) ** 2 >= ((1 - overlap) * (radius + r) + 1) ** 2 for v, u, r in placed):
+            if all(
+                (y - v) ** 2 + (x - u) ** 2 >= ((1 - overlap) * (radius + r) + 1) ** 2 for v, u, r in placed
+            ):
                 placed.append((y, x, radius))
                 break
     return placed
@@ -123,7 +137,11 @@ def _draw_shapes(
     """Draws shapes, the first `count` of the asked sort; returns what is asked for and how many there are."""
     colors = visible_colors(ground, 60.0)
     kind, color = rng.choice(KINDS), rng.choice(colors)
-    form = rng.choice(("kind", "color", "both")) if len(places) > count or not count else rng.choice(("all", "kind"))
+    form = (
+        rng.choice(("kind", "color", "both"))
+        if len(places) > count or not count
+        else rng.choice(("all", "kind"))
+    )
     one_color = rng.choice(colors) if rng.random() < 0.4 else None
     for i, (y, x, radius) in enumerate(places):
         asked = i < count
@@ -167,5 +185,7 @@ def _draw_characters(
         box = (start[1] + top, start[0] + left, start[1] + bottom, start[0] + right)
         scene.glyphs.append(Glyph(character, box))
     found = sum(glyph.character == asked for glyph in scene.glyphs)
-    named = f"digits {asked}" if asked.isdigit() else f"letters {asked}" if asked.isalpha() else f"{asked} signs"
+    named = (
+        f"digits {asked}" if asked.isdigit() else f"letters {asked}" if asked.isalpha() else f"{asked} signs"
+    )
     return named, found

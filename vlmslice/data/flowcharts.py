@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from PIL import ImageDraw
 
 from vlmslice.data.fonts import FontLibrary, spell
-from vlmslice.data.phrases import Phrases
 from vlmslice.data.photo_effects import photograph
+from vlmslice.data.phrases import Phrases
 from vlmslice.data.samples import TaskConfig, TaskSample, reshape
 from vlmslice.data.scenes import Box, Color, Scene, ink_and_paper, paper_image
 from vlmslice.data.typesetting import Pen, line_height
@@ -77,7 +77,9 @@ def read_flowchart(
     rows, columns = (2, len(chart.layers)) if sideways else (len(chart.layers), 2)
     longest = max(font.getlength(name) for name in named.values()) / font.size
     slot = (0.96 * height / rows, 0.96 * width / columns)
-    size = max(7, min(slot[1] * (0.6 if sideways else 0.8) / (longest + 1.2), slot[0] * (0.4 if sideways else 0.28)))
+    size = max(
+        7, min(slot[1] * (0.6 if sideways else 0.8) / (longest + 1.2), slot[0] * (0.4 if sideways else 0.28))
+    )
     font = font.font_variant(size=int(min(size, config.font_px[1])))
     ink, ground = ink_and_paper(rng, 100.0)
     scene = Scene(paper_image(rng, height, width, ground))
@@ -126,7 +128,9 @@ def _draw_arrow(
     draw.line((x, y, u, v), fill=ink, width=line)
     angle = math.atan2(v - y, u - x)
     barb = 0.45 * size
-    corners = [(u - barb * math.cos(angle + turn), v - barb * math.sin(angle + turn)) for turn in (-0.45, 0.45)]
+    corners = [
+        (u - barb * math.cos(angle + turn), v - barb * math.sin(angle + turn)) for turn in (-0.45, 0.45)
+    ]
     draw.polygon([(u, v), *corners], fill=ink)
 
 
@@ -134,7 +138,10 @@ def _ask(rng: random.Random, chart: Flowchart) -> tuple[str, str]:
     if rng.random() < 0.5:
         return rng.choice(QUESTIONS), chart.lines()
     a, b = rng.choice(chart.edges)
-    asked = [("How many boxes are there?", str(sum(map(len, chart.layers)))), ("Where does it begin?", chart.layers[0][0])]
+    asked = [
+        ("How many boxes are there?", str(sum(map(len, chart.layers)))),
+        ("Where does it begin?", chart.layers[0][0]),
+    ]
     if sum(edge[0] == a for edge in chart.edges) == 1:
         asked += [(f"What comes after {a}?", b), (f"Where does the arrow from {a} lead?", b)] * 2
     if sum(edge[1] == b for edge in chart.edges) == 1:

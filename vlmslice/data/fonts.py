@@ -14,7 +14,7 @@ import string
 import unicodedata
 from collections.abc import Iterable
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache, lru_cache
 from pathlib import Path
 
 from PIL import ImageFont
@@ -155,7 +155,7 @@ def load_font(path: str, size: int) -> ImageFont.FreeTypeFont:
     return ImageFont.truetype(path, size, layout_engine=ImageFont.Layout.BASIC)
 
 
-@lru_cache(maxsize=None)  # a few kilobytes for each font of the machine
+@cache  # a few kilobytes for each font of the machine
 def font_characters(path: str) -> frozenset[str]:
     """Characters of Latin scripts and currency signs (up to U+20BF) that a font file has glyphs for."""
     from fontTools.ttLib import TTFont

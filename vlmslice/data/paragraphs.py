@@ -5,8 +5,8 @@ from __future__ import annotations
 import random
 
 from vlmslice.data.fonts import FontLibrary, load_font, spell
-from vlmslice.data.phrases import Phrases
 from vlmslice.data.photo_effects import photograph
+from vlmslice.data.phrases import Phrases
 from vlmslice.data.samples import TaskConfig, TaskSample, font_size
 from vlmslice.data.scenes import Scene, approximate_length, ink_and_paper, paper_image
 from vlmslice.data.typesetting import Pen, cut, fill_lines, line_height
@@ -175,4 +175,3 @@ def read_page(
         asked += [(f"Read the {names[i]} column.", columns[i]), (f"Read column {i + 1}.", columns[i])]
     question, answer = rng.choice(asked)
     return TaskSample("page", scene, question, answer)
-

@@ -85,7 +85,9 @@ def shade(rng: random.Random, image: Image.Image) -> Image.Image:
     if rng.random() < 0.5:
         rows, cols = np.mgrid[:_SHADOW_GRID, :_SHADOW_GRID] / (_SHADOW_GRID - 1) - 0.5
         angle = generator.uniform(0, 2 * np.pi)
-        light[np.sin(angle) * rows + np.cos(angle) * cols > generator.uniform(-0.1, 0.3)] *= rng.uniform(0.6, 0.8)
+        light[np.sin(angle) * rows + np.cos(angle) * cols > generator.uniform(-0.1, 0.3)] *= rng.uniform(
+            0.6, 0.8
+        )
     small = Image.fromarray((255 * light).astype(np.uint8))
     mask = small.resize(image.size, Image.Resampling.BICUBIC)
     return ImageChops.multiply(image, Image.merge("RGB", (mask, mask, mask)))

@@ -98,10 +98,16 @@ class Phrases:
 
     def name(self) -> str:
         first = self.capitalized(8)
-        return f"{first[0]}. {self.capitalized(9)}" if self.rng.random() < 0.2 else f"{first} {self.capitalized(9)}"
+        return (
+            f"{first[0]}. {self.capitalized(9)}"
+            if self.rng.random() < 0.2
+            else f"{first} {self.capitalized(9)}"
+        )
 
     def company(self) -> str:
-        text = " ".join([*(self.capitalized(9) for _ in range(self.rng.randint(1, 2))), self.rng.choice(_COMPANY_ENDS)])
+        text = " ".join(
+            [*(self.capitalized(9) for _ in range(self.rng.randint(1, 2))), self.rng.choice(_COMPANY_ENDS)]
+        )
         return text.upper() if self.rng.random() < 0.5 else text
 
     def address(self) -> str:
@@ -144,7 +150,12 @@ class Phrases:
         day, month, year = self.rng.randint(1, 28), self.rng.choice(MONTHS), self.rng.randint(1990, 2035)
         short = month[:3]
         return self.rng.choice(
-            (f"{day} {month} {year}", f"{month} {day}, {year}", f"{day:02d} {short} {year}", f"{day:02d}-{short}-{year}")
+            (
+                f"{day} {month} {year}",
+                f"{month} {day}, {year}",
+                f"{day:02d} {short} {year}",
+                f"{day:02d}-{short}-{year}",
+            )
         )
 
     def number(self) -> str:
@@ -161,12 +172,18 @@ class Phrases:
         return self.rng.choice(("{}", "${}", "{} USD", "RM {}", "EUR {}", "${}")).format(self.amount())
 
     def percent(self) -> str:
-        return f"{self.rng.randrange(101)}%" if self.rng.random() < 0.6 else f"{self.rng.randrange(1000) / 10:.1f} %"
+        return (
+            f"{self.rng.randrange(101)}%"
+            if self.rng.random() < 0.6
+            else f"{self.rng.randrange(1000) / 10:.1f} %"
+        )
 
     def code(self) -> str:
         letters = "".join(self.rng.choice(string.ascii_uppercase) for _ in range(self.rng.randint(1, 3)))
         digits = "".join(self.rng.choice(string.digits) for _ in range(self.rng.randint(2, 6)))
-        return self.rng.choice((f"{letters}{digits}", f"{letters}-{digits}", f"#{digits}", f"{digits}/{letters}"))
+        return self.rng.choice(
+            (f"{letters}{digits}", f"{letters}-{digits}", f"#{digits}", f"{digits}/{letters}")
+        )
 
 
 def unaccented(text: str) -> str:

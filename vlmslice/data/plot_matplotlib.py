@@ -21,7 +21,15 @@ from vlmslice.data.shapes import COLORS
 from vlmslice.data.typesetting import Font
 
 STYLE_SHEETS = {
-    "train": ("default", "ggplot", "bmh", "seaborn-v0_8-whitegrid", "seaborn-v0_8-ticks", "dark_background", "classic"),
+    "train": (
+        "default",
+        "ggplot",
+        "bmh",
+        "seaborn-v0_8-whitegrid",
+        "seaborn-v0_8-ticks",
+        "dark_background",
+        "classic",
+    ),
     "eval": ("fivethirtyeight", "Solarize_Light2", "seaborn-v0_8-darkgrid", "grayscale"),
 }
 """Style sheets of matplotlib by split."""
@@ -66,7 +74,9 @@ def draw_with_matplotlib(
 class _Drawing:
     """Fills the axes of a figure; `marks` are (kind, name, value, function to their extent once drawn)."""
 
-    def __init__(self, rng: random.Random, axes: Any, plot: Plot, font: Font, colors: list[tuple[float, ...]]):
+    def __init__(
+        self, rng: random.Random, axes: Any, plot: Plot, font: Font, colors: list[tuple[float, ...]]
+    ):
         self.rng, self.axes, self.plot, self.font, self.colors = rng, axes, plot, font, colors
         self.marks: list[tuple[str, str, float, Callable[[], Any]]] = []
         self.sideways = plot.kind == "horizontal"
@@ -83,7 +93,9 @@ class _Drawing:
         """Draws marks, text and legend, and places the axes so that all of it fits a picture of this size."""
         plot, axes, size = self.plot, self.axes, self.font.size
         margin = 0.3 * size / height
-        axes.figure.suptitle(plot.title, y=1 - margin, va="top", fontproperties=self._face(plot.title, 0.92 * width))
+        axes.figure.suptitle(
+            plot.title, y=1 - margin, va="top", fontproperties=self._face(plot.title, 0.92 * width)
+        )
         names = [series.name for series in plot.series] if len(plot.series) > 1 else []
         names = list(plot.categories) if plot.kind == "pie" else names
         legend = max(map(self.font.getlength, names)) + 4.5 * size if names else 0.0
@@ -94,7 +106,9 @@ class _Drawing:
         if plot.kind == "pie":
             self._draw_pie()
             beside = 2.6 * size  # the percentages
-            axes.figure.subplots_adjust(beside / width, 0.08, (right - beside) / width, 1 - (top + size) / height)
+            axes.figure.subplots_adjust(
+                beside / width, 0.08, (right - beside) / width, 1 - (top + size) / height
+            )
         else:
             reach = (100.0 if plot.kind == "scatter" else plot.highest) * (1.18 if plot.printed else 1.08)
             ticks = nice_ticks(reach, self.rng.randint(4, 7))
@@ -115,7 +129,10 @@ class _Drawing:
             face = self._face()
             face.set_size(face.get_size_in_points() * min(1.0, (height - top) / (2.1 * size * len(names))))
             axes.figure.legend(
-                prop=face, loc="upper left", borderaxespad=0.3, bbox_to_anchor=(right / width, 1 - top / height)
+                prop=face,
+                loc="upper left",
+                borderaxespad=0.3,
+                bbox_to_anchor=(right / width, 1 - top / height),
             )
 
     def _draw_axes(self, reach: float, ticks: list[float], texts: list[str], left: float) -> None:
@@ -126,7 +143,9 @@ class _Drawing:
         places = range(len(plot.categories))
         if self.sideways:
             longest = max(plot.categories, key=self.font.getlength)
-            axes.set_yticks(places, plot.categories, fontproperties=self._face(longest, left - 3 * self.font.size))
+            axes.set_yticks(
+                places, plot.categories, fontproperties=self._face(longest, left - 3 * self.font.size)
+            )
             axes.set_xticks(ticks, texts, fontproperties=self._face())
             axes.set(xlim=(0, reach), ylim=(len(plot.categories) - 0.5, -0.5))
             return
@@ -147,7 +166,11 @@ class _Drawing:
         )  # fmt: skip
 
     def _name(self, i: int, series: Series) -> str:
-        return f"{self.plot.categories[i]} {series.name}" if len(self.plot.series) > 1 else self.plot.categories[i]
+        return (
+            f"{self.plot.categories[i]} {series.name}"
+            if len(self.plot.series) > 1
+            else self.plot.categories[i]
+        )
 
     def _draw_bars(self) -> None:
         plot, axes = self.plot, self.axes
@@ -170,7 +193,14 @@ class _Drawing:
                     self._print(value, value, places[i], room, ha="left", va="center")
                 elif printed and stacked:
                     middle = bases[i] + value / 2
-                    axes.text(places[i], middle, f"{value:g}", fontproperties=self._face(f"{value:g}", room), ha="center", va="center")
+                    axes.text(
+                        places[i],
+                        middle,
+                        f"{value:g}",
+                        fontproperties=self._face(f"{value:g}", room),
+                        ha="center",
+                        va="center",
+                    )
                 elif printed:
                     self._print(value, places[i], value, room, ha="center", va="bottom")
             if stacked:
@@ -179,7 +209,9 @@ class _Drawing:
     def _draw_lines(self) -> None:
         for series, color in zip(self.plot.series, self.colors, strict=False):
             places = range(len(series.values))
-            self.axes.plot(places, series.values, color=color, marker=self.rng.choice("os^D"), label=series.name)
+            self.axes.plot(
+                places, series.values, color=color, marker=self.rng.choice("os^D"), label=series.name
+            )
             for i, value in enumerate(series.values):
                 self._mark_point(self._name(i, series), i, value)
                 if self.plot.printed and len(self.plot.series) == 1:
@@ -235,7 +267,9 @@ def _extent_of_wedge(axes: Any, wedge: Any) -> tuple[float, float, float, float]
     return left, low, right, high
 
 
-def _add_text(scene: Scene, string: str, x: float, baseline: float, face: FontProperties, angle: float) -> None:
+def _add_text(
+    scene: Scene, string: str, x: float, baseline: float, face: FontProperties, angle: float
+) -> None:
     """Adds the boxes of a text that lies or runs upwards, as `scenes.draw_line` gives them.
 
     Args:

@@ -62,12 +62,15 @@ _SMALLEST = 9
 
 def series_colors(rng: random.Random, number: int, ground: Color) -> list[str]:
     """Names of colours that stand out from `ground`, no two near one another."""
+
     def apart(a: Color, b: Color) -> bool:
         return max(abs(x - y) for x, y in zip(a, b, strict=True)) > 70
 
     names = [
-        name for name, color in COLORS.items() if apart(color, ground) and abs(luminance(color) - luminance(ground)) > 25
-    ]  # fmt: skip
+        name
+        for name, color in COLORS.items()
+        if apart(color, ground) and abs(luminance(color) - luminance(ground)) > 25
+    ]
     chosen: list[str] = []
     for name in rng.sample(names, len(names)):
         if all(apart(COLORS[name], COLORS[other]) for other in chosen):
@@ -96,8 +99,12 @@ def draw_with_pillow(
         return scene, ()
     names = canvas.names
     canvas.draw_axes()
-    {"bar": canvas.draw_bars, "grouped": canvas.draw_bars, "stacked": canvas.draw_bars,
-     "horizontal": canvas.draw_horizontal, "line": canvas.draw_lines, "scatter": canvas.draw_points}[plot.kind]()  # fmt: skip
+    others = {
+        "horizontal": canvas.draw_horizontal,
+        "line": canvas.draw_lines,
+        "scatter": canvas.draw_points,
+    }
+    others.get(plot.kind, canvas.draw_bars)()
     return scene, tuple(names) if len(plot.series) > 1 else ()
 
 
@@ -154,7 +161,10 @@ class _Canvas:
             self.top += 1.3 * self.unit
         else:
             self.right -= max(widths)
-            places = [(self.top + (0.5 + 1.3 * i) * self.unit, self.right + 0.6 * self.font.size) for i in range(len(names))]
+            places = [
+                (self.top + (0.5 + 1.3 * i) * self.unit, self.right + 0.6 * self.font.size)
+                for i in range(len(names))
+            ]
         for (y, x), name, color in zip(places, names, self.colors, strict=True):
             middle = y + self.unit / 2
             box = (x, middle - square / 2, x + square, middle + square / 2)
@@ -183,7 +193,9 @@ class _Canvas:
             self.left = 0.015 * self.width
         names_wide = max((self.font.getlength(c) for c in plot.categories), default=0.0)
         self.left += (min(names_wide, 0.3 * self.width) if sideways else widest) + 0.6 * unit
-        self.pen.write_middle(x_label, self.font, self.bottom - unit, (self.left + self.right) / 2, kind="axis")
+        self.pen.write_middle(
+            x_label, self.font, self.bottom - unit, (self.left + self.right) / 2, kind="axis"
+        )
         self.bottom -= 2.4 * unit
         self.pen.draw.rectangle((self.left, self.top, self.right, self.bottom), fill=self.style.panel)
         for tick, text in zip(ticks, texts, strict=True):
@@ -199,7 +211,9 @@ class _Canvas:
                 self.pen.write_right(text, self.font, y - 0.55 * unit, self.left - 0.35 * unit, kind="tick")
         if plot.kind == "scatter":
             for tick in nice_ticks(self.reach, 5):
-                self.pen.write_middle(f"{tick:g}", self.font, self.bottom + 0.2 * unit, self.x(tick), kind="tick")
+                self.pen.write_middle(
+                    f"{tick:g}", self.font, self.bottom + 0.2 * unit, self.x(tick), kind="tick"
+                )
         sides = {
             "l": (self.left, self.top, self.left, self.bottom), "b": (self.left, self.bottom, self.right, self.bottom),
             "t": (self.left, self.top, self.right, self.top), "r": (self.right, self.top, self.right, self.bottom),
@@ -251,7 +265,9 @@ class _Canvas:
         names_font = self._fit(max(plot.categories, key=self.font.getlength), 0.94 * slot)
         for i, category in enumerate(plot.categories):
             middle = self.left + (i + 0.5) * slot
-            self.pen.write_middle(category, names_font, self.bottom + 0.2 * self.unit, middle, kind="category")
+            self.pen.write_middle(
+                category, names_font, self.bottom + 0.2 * self.unit, middle, kind="category"
+            )
             base = 0.0
             for j, series in enumerate(plot.series):
                 value = series.values[i]
@@ -262,9 +278,13 @@ class _Canvas:
                 if printed and stacked:
                     if box[2] - box[0] > 1.1 * self.unit:
                         ink = _BLACK if luminance(self.colors[j]) > 120 else _WHITE
-                        self._print(value, left + wide / 2, (box[0] + box[2] + self.unit) / 2, 0.9 * wide, ink)
+                        self._print(
+                            value, left + wide / 2, (box[0] + box[2] + self.unit) / 2, 0.9 * wide, ink
+                        )
                 elif printed:
-                    self._print(value, left + wide / 2, box[0], 1.1 * wide if len(plot.series) > 1 else 0.94 * slot)
+                    self._print(
+                        value, left + wide / 2, box[0], 1.1 * wide if len(plot.series) > 1 else 0.94 * slot
+                    )
                 base += value if stacked else 0
 
     def draw_horizontal(self) -> None:
@@ -274,16 +294,22 @@ class _Canvas:
         room = self.left - 1.2 * self.unit
         longest = max(self.plot.categories, key=self.font.getlength)
         names_font = self._fit(longest, room)
-        for i, (category, value) in enumerate(zip(self.plot.categories, self.plot.series[0].values, strict=True)):
+        for i, (category, value) in enumerate(
+            zip(self.plot.categories, self.plot.series[0].values, strict=True)
+        ):
             middle = self.top + (i + 0.5) * slot
             box = (middle - tall / 2, self.left, middle + tall / 2, self.x(value))
             self._bar(box, self.colors[0], category, value)
             half = line_height(names_font) / 2
-            self.pen.write_right(category, names_font, middle - half, self.left - 0.3 * self.unit, kind="category")
+            self.pen.write_right(
+                category, names_font, middle - half, self.left - 0.3 * self.unit, kind="category"
+            )
             if self.plot.printed:
                 text = f"{value:g}"
                 font = self._fit(text, self.right - box[3] + 0.02 * self.width)
-                self.pen.write(text, font, middle - line_height(font) / 2, box[3] + 0.2 * self.font.size, kind="value")
+                self.pen.write(
+                    text, font, middle - line_height(font) / 2, box[3] + 0.2 * self.font.size, kind="value"
+                )
 
     def draw_lines(self) -> None:
         """A line with dots for each series; values are printed if there is one series."""
@@ -292,13 +318,17 @@ class _Canvas:
         names_font = self._fit(max(plot.categories, key=self.font.getlength), 0.94 * slot)
         middles = [self.left + (i + 0.5) * slot for i in range(len(plot.categories))]
         for middle, category in zip(middles, plot.categories, strict=True):
-            self.pen.write_middle(category, names_font, self.bottom + 0.2 * self.unit, middle, kind="category")
+            self.pen.write_middle(
+                category, names_font, self.bottom + 0.2 * self.unit, middle, kind="category"
+            )
         dot = self.font.size * self.rng.uniform(0.2, 0.35)
         for series, color in zip(plot.series, self.colors, strict=True):
             points = [(x, self.y(value)) for x, value in zip(middles, series.values, strict=True)]
             self.pen.draw.line(points, fill=color, width=max(2, round(self.font.size / 6)), joint="curve")
             for (x, y), value, category in zip(points, series.values, plot.categories, strict=True):
-                self._dot(y, x, dot, color, f"{category} {series.name}" if len(plot.series) > 1 else category, value)
+                self._dot(
+                    y, x, dot, color, f"{category} {series.name}" if len(plot.series) > 1 else category, value
+                )
                 if plot.printed and len(plot.series) == 1:
                     self._print(value, x, y - dot, 0.94 * slot)
 
@@ -339,7 +369,9 @@ class _Canvas:
             top = first + i * step
             left = self.right + 0.3 * self.font.size
             middle = top + self.unit / 2
-            self.pen.draw.rectangle((left, middle - square / 2, left + square, middle + square / 2), fill=color)
+            self.pen.draw.rectangle(
+                (left, middle - square / 2, left + square, middle + square / 2), fill=color
+            )
             self.pen.write(name, self.font, top, left + 1.6 * square, kind="legend")
             start = end
         if hole:
@@ -351,7 +383,7 @@ class _Canvas:
             ink = _BLACK if luminance(color) > 120 else _WHITE
             if value < 8:
                 scale = 1.04 + 0.5 * self.unit / radius
-                at = ((1 + hole) / 2 if hole else 0.7)
+                at = (1 + hole) / 2 if hole else 0.7
                 y, x = (middle_y + (y - middle_y) * scale / at, middle_x + (x - middle_x) * scale / at)
                 ink = self.style.ink
             text = f"{value:g}%"

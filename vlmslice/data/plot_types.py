@@ -51,7 +51,7 @@ def nice_ticks(highest: float, most: int) -> list[float]:
 
     `nice_ticks(93, 5)` is [0, 20, 40, 60, 80].
     """
-    step = 10.0 ** -2
+    step = 10.0**-2
     while True:
         for factor in (1, 2, 5):
             if highest / (factor * step) <= most:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import math
 import random
-from dataclasses import dataclass
 
 from vlmslice.data.fonts import FontLibrary
 from vlmslice.data.phrases import Phrases
@@ -46,7 +45,13 @@ def random_plot(rng: random.Random, config: TaskConfig, most_categories: int) ->
     top = rng.choice((20, 100, 100, 100, 500, 2000)) if not decimals else 100
     low = max(1, round(0.04 * top * 10**decimals))
     series = tuple(
-        Series(name, tuple(v / 10**decimals if decimals else v for v in rng.sample(range(low, top * 10**decimals), num_categories)))
+        Series(
+            name,
+            tuple(
+                v / 10**decimals if decimals else v
+                for v in rng.sample(range(low, top * 10**decimals), num_categories)
+            ),
+        )
         for name in series_names
     )
     return Plot(kind, title, x_label, y_label, categories, series, rng.random() < config.printed_values)
@@ -111,8 +116,18 @@ def ask(rng: random.Random, plot: Plot, colors: tuple[str, ...]) -> tuple[str, s
         [("What is the title of the chart?", plot.title), ("Read the title.", plot.title)]
     ]
     if plot.x_label:
-        asked.append([("What is the label of the x axis?", plot.x_label), ("What does the horizontal axis show?", plot.x_label)])
-        asked.append([("What is the label of the y axis?", plot.y_label), ("What does the vertical axis show?", plot.y_label)])
+        asked.append(
+            [
+                ("What is the label of the x axis?", plot.x_label),
+                ("What does the horizontal axis show?", plot.x_label),
+            ]
+        )
+        asked.append(
+            [
+                ("What is the label of the y axis?", plot.y_label),
+                ("What does the vertical axis show?", plot.y_label),
+            ]
+        )
         if plot.kind == "horizontal":  # its axes are swapped
             asked[-2:] = [
                 [("What is the label of the x axis?", plot.y_label)],

@@ -37,11 +37,15 @@ def draw_samples(
 ) -> Iterator[TaskSample]:
     """The first samples of a task, as `TaskDataset` gives them to training for the same seed."""
     check_tasks([task])
-    dataset = TaskDataset([Curriculum(num_samples, config, {task: 1.0})], fonts, seed, group=1, name=f"preview-{task}")
+    dataset = TaskDataset(
+        [Curriculum(num_samples, config, {task: 1.0})], fonts, seed, group=1, name=f"preview-{task}"
+    )
     return (dataset[i] for i in range(num_samples))
 
 
-def contact_sheet(samples: Sequence[TaskSample], columns: int = 4, tile: int = 320, boxes: bool = False) -> Image.Image:
+def contact_sheet(
+    samples: Sequence[TaskSample], columns: int = 4, tile: int = 320, boxes: bool = False
+) -> Image.Image:
     """Samples side by side, each scaled to fit `tile` px and over its task, question and answer.
 
     Args:
@@ -66,7 +70,9 @@ def contact_sheet(samples: Sequence[TaskSample], columns: int = 4, tile: int = 3
     return sheet
 
 
-def _tile(sample: TaskSample, side: int, boxes: bool, font: ImageFont.ImageFont | ImageFont.FreeTypeFont) -> Image.Image:
+def _tile(
+    sample: TaskSample, side: int, boxes: bool, font: ImageFont.ImageFont | ImageFont.FreeTypeFont
+) -> Image.Image:
     image = sample.scene.image
     scale = min(side / image.width, side / image.height, 2.0)
     if boxes:
@@ -104,7 +110,9 @@ def with_boxes(scene: Scene) -> Image.Image:
     draw = ImageDraw.Draw(image)
     width = max(1, round(max(image.size) / 700))
     named = [(region.kind, region.box) for region in scene.regions]
-    named += [("glyph", glyph.box) for glyph in scene.glyphs] + [("shape", shape.box) for shape in scene.shapes]
+    named += [("glyph", glyph.box) for glyph in scene.glyphs] + [
+        ("shape", shape.box) for shape in scene.shapes
+    ]
     for kind, (top, left, bottom, right) in named:
         draw.rectangle((left, top, right, bottom), outline=_BOX_COLORS.get(kind, _OTHER_BOX), width=width)
     return image
@@ -117,5 +125,8 @@ def measure_speed(
     for _ in draw_samples(task, max(2, num_samples // 4), config, fonts, seed + 1):
         pass
     start = time.process_time()
-    sizes = [s.scene.image.width * s.scene.image.height for s in draw_samples(task, num_samples, config, fonts, seed)]
+    sizes = [
+        s.scene.image.width * s.scene.image.height
+        for s in draw_samples(task, num_samples, config, fonts, seed)
+    ]
     return len(sizes) / (time.process_time() - start), sum(sizes) / len(sizes) / 1e6

@@ -31,7 +31,8 @@ from vlmslice.data.tables import HTML_QUESTIONS
 from vlmslice.errors import VlmSliceError, suggestion
 from vlmslice.image_loading import load_image
 
-LINE_QUESTIONS = ("Read the text.", "What is written in the image?", "Transcribe the text in this picture.")
+LINE_QUESTIONS = ("Read the text in capital letters.", "What is written here, in capital letters?")
+"""Lines of receipts are transcribed in upper case, whatever the case in print."""
 
 FILES = {
     "receipt": "receipts.jsonl",
@@ -55,7 +56,7 @@ class RealDataError(VlmSliceError, ValueError):
 
 
 def split_of(group: str) -> str:
-    """The side of a group, "train" or "eval", by a checksum of what must not be in both: two groups in three are for training."""
+    """The side of a group of images, "train" (two in three) or "eval", by a checksum of its name."""
     letters = re.sub(r"[^a-z0-9]", "", group.lower())
     return "eval" if zlib.crc32(letters.encode()) % _EVAL_ONE_IN == 0 else "train"
 
@@ -146,10 +147,15 @@ def _read_receipt_line(rng: random.Random, row: Row, scene: Scene) -> TaskSample
     """The crop of one line, with up to a third of its height as margin."""
     left, top, right, bottom = row["bbox"]
     room = (bottom - top) / 3
-    crop_left, crop_top = max(0, round(left - rng.uniform(0, room))), max(0, round(top - rng.uniform(0, room)))
+    crop_left, crop_top = (
+        max(0, round(left - rng.uniform(0, room))),
+        max(0, round(top - rng.uniform(0, room))),
+    )
     crop_right = min(scene.image.width, round(right + rng.uniform(0, room)))
     crop_bottom = min(scene.image.height, round(bottom + rng.uniform(0, room)))
-    crop = scene.image.crop((crop_left, crop_top, max(crop_right, crop_left + 1), max(crop_bottom, crop_top + 1)))
+    crop = scene.image.crop(
+        (crop_left, crop_top, max(crop_right, crop_left + 1), max(crop_bottom, crop_top + 1))
+    )
     box = (top - crop_top, left - crop_left, bottom - crop_top, right - crop_left)
     lines = [Region("line", row["answer"], box)]
     return TaskSample("read", Scene(crop, regions=lines), rng.choice(LINE_QUESTIONS), row["answer"])

@@ -7,14 +7,14 @@ import random
 from dataclasses import dataclass
 
 from vlmslice.data.fonts import FontLibrary, load_font, spell
-from vlmslice.data.phrases import Phrases
 from vlmslice.data.photo_effects import photograph, print_thermally
+from vlmslice.data.phrases import Phrases
 from vlmslice.data.samples import TaskConfig, TaskSample, reshape
 from vlmslice.data.scenes import Scene, paper_image
 from vlmslice.data.typesetting import Font, Pen, line_height
 
-_ASPECTS = (0.28, 0.8)
-_MIN_AREA = 160 * 130
+_ASPECTS = (0.35, 0.8)
+_MIN_AREA = 330 * 120
 _SMALLEST = 9  # px per em
 _TOTAL_WORDS = ("TOTAL", "Total", "TOTAL DUE", "Grand Total", "AMOUNT DUE", "Total Amount")
 _CASH_WORDS = ("CASH", "Cash", "VISA", "Card", "Mastercard")
@@ -22,9 +22,18 @@ _THANKS = ("THANK YOU", "Thank you!", "Please come again", "GOODS SOLD ARE NOT R
 
 QUESTIONS = {
     "all": ("Read the receipt.", "Transcribe the receipt line by line.", "Read all the text of the receipt."),
-    "total": ("What is the total?", "What is the total amount?", "How much was paid in total?", "Find the total."),
+    "total": (
+        "What is the total?",
+        "What is the total amount?",
+        "How much was paid in total?",
+        "Find the total.",
+    ),
     "date": ("What is the date?", "What is the date of the receipt?", "When was it issued?"),
-    "company": ("What is the name of the company?", "Which company issued the receipt?", "Who is the seller?"),
+    "company": (
+        "What is the name of the company?",
+        "Which company issued the receipt?",
+        "Who is the seller?",
+    ),
     "address": ("What is the address?", "Where is the company?"),
     "json": (
         "Read the receipt as JSON.",
@@ -68,7 +77,11 @@ def random_receipt(rng: random.Random, phrases: Phrases, num_items: int) -> Rece
         items.append((label.upper() if upper else label, f"{price / 100:.2f}"))
     address = phrases.address()
     return Receipt(
-        phrases.company(), address.upper() if upper else address, phrases.date(), tuple(items), f"{sum(cents) / 100:,.2f}"
+        phrases.company(),
+        address.upper() if upper else address,
+        phrases.date(),
+        tuple(items),
+        f"{sum(cents) / 100:,.2f}",
     )
 
 
@@ -95,7 +108,9 @@ def read_receipt(
     white = rng.randrange(215, 256)
     scene = Scene(paper_image(rng, height, width, (white, white, white - rng.randrange(12))))
     pen = Pen(scene, ink)
-    step = min(1.6 * line_height(font), 0.96 * height / len(rows)) if rng.random() < 0.7 else line_height(font)
+    step = (
+        min(1.6 * line_height(font), 0.96 * height / len(rows)) if rng.random() < 0.7 else line_height(font)
+    )
     top = 0.02 * height + rng.uniform(0, max(0.0, 0.96 * height - step * len(rows)))
     lines = []
     for left_text, right_text in rows:
@@ -129,16 +144,18 @@ def _spelled(receipt: Receipt, font: Font) -> Receipt:
     )
 
 
-def _rows(
-    rng: random.Random, phrases: Phrases, receipt: Receipt, font: Font, currency: str
-) -> list[Row]:
+def _rows(rng: random.Random, phrases: Phrases, receipt: Receipt, font: Font, currency: str) -> list[Row]:
     """All lines in print; the total comes with its currency, which answers leave out."""
     rule: Row = ("", "")
     street, place = receipt.address.split(", ")
     rows = [(receipt.company, ""), (f"{street},", ""), (place, "")]
     if rng.random() < 0.4:
         rows.append((f"TEL {phrases.phone()}", ""))
-    dated = [(rng.choice(("Date", "DATE", "Date:")), receipt.date)] if rng.random() < 0.5 else [(receipt.date, "")]
+    dated = (
+        [(rng.choice(("Date", "DATE", "Date:")), receipt.date)]
+        if rng.random() < 0.5
+        else [(receipt.date, "")]
+    )
     numbered = [(rng.choice(("Receipt", "Invoice No", "Bill")), phrases.code())] if rng.random() < 0.5 else []
     last = rng.random() < 0.2
     rows += numbered + ([] if last else dated) + [rule]
@@ -174,7 +191,9 @@ def _rule(pen: Pen, y: float, left: float, right: float, thickness: int) -> None
 def _ask(rng: random.Random, kind: str, receipt: Receipt, lines: list[str]) -> tuple[str, str]:
     if kind == "price":
         name, price = rng.choice(receipt.items)
-        return rng.choice((f"What is the price of {name}?", f"How much is {name}?", f"What does {name} cost?")), price
+        return rng.choice(
+            (f"What is the price of {name}?", f"How much is {name}?", f"What does {name} cost?")
+        ), price
     items = [{"name": name, "price": price} for name, price in receipt.items]
     answers = {
         "all": "\n".join(lines),
@@ -186,4 +205,3 @@ def _ask(rng: random.Random, kind: str, receipt: Receipt, lines: list[str]) -> t
         "items": compact_json(items),
     }
     return rng.choice(QUESTIONS[kind]), answers[kind]
-

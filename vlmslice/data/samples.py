@@ -64,9 +64,7 @@ Task = Callable[[random.Random, TaskConfig, FontLibrary, int, int], TaskSample]
 """Draws a sample on a picture of a height and width."""
 
 
-def reshape(
-    height: int, width: int, aspects: tuple[float, float], min_area: float = 0.0
-) -> tuple[int, int]:
+def reshape(height: int, width: int, aspects: tuple[float, float], min_area: float = 0.0) -> tuple[int, int]:
     """Height and width of the same area, or of `min_area` px if that is more, with width / height within `aspects`.
 
     A receipt asked for at 100 x 400 px with aspects (0.25, 0.6) becomes 258 x 155 px.

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import io
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
 
@@ -71,11 +71,15 @@ class Scene:
             image: the new picture.
             move: old boxes `float64[N, 4]` to new ones.
         """
-        parts = [self.glyphs, self.shapes, self.regions]
-        boxes = np.array([part.box for group in parts for part in group], dtype=np.float64).reshape(-1, 4)
-        places = iter(map(tuple, move(boxes).tolist()))
-        glyphs, shapes, regions = ([replace(part, box=next(places)) for part in group] for group in parts)
-        return Scene(image, glyphs, shapes, regions)
+        parts = [*self.glyphs, *self.shapes, *self.regions]
+        boxes = np.array([part.box for part in parts], dtype=np.float64).reshape(-1, 4)
+        places: Iterator[Box] = iter(map(tuple, move(boxes).tolist()))
+        return Scene(
+            image,
+            [replace(glyph, box=next(places)) for glyph in self.glyphs],
+            [replace(shape, box=next(places)) for shape in self.shapes],
+            [replace(region, box=next(places)) for region in self.regions],
+        )
 
 
 def sample_rng(seed: int, task: str, index: int) -> random.Random:

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Iterator
 from dataclasses import dataclass, field
+
+from PIL import Image
 
 from vlmslice.data.fonts import FontLibrary, spell
 from vlmslice.data.phrases import Phrases
@@ -65,7 +68,7 @@ def read_screen(
     phrases = Phrases(rng, config.split, config.accents)
     font = fonts.draw(rng, font_size(rng, config, max(9, min(height / 6, width / 12))))
     theme = random_theme(rng)
-    scene = Scene(paper(height, width, theme.ground))
+    scene = Scene(Image.new("RGB", (width, height), theme.ground))
     pen = Pen(scene, theme.ink)
     unit = line_height(font)
     title = cut(spell(phrases.heading(rng.randint(1, 3)), font), font, 0.6 * width)
@@ -79,20 +82,23 @@ def read_screen(
     left = 0.5 * unit
     if width > 18 * font.size and rng.random() < 0.6:
         left = _draw_menu(rng, phrases, pen, font, theme, window, bar, height) + 0.7 * unit
-    _draw_form(rng, config, phrases, pen, font, theme, window, (bar + 0.5 * unit, left, height, width - 0.5 * unit))
+    _draw_form(
+        rng, config, phrases, pen, font, theme, window, (bar + 0.5 * unit, left, height, width - 0.5 * unit)
+    )
     scene.image = add_camera_effects(rng, scene.image, 0.4)
     question, answer = _ask(rng, window)
     return TaskSample("screenshot", scene, question, answer)
 
 
-def paper(height: int, width: int, color: Color):
-    from PIL import Image
-
-    return Image.new("RGB", (width, height), color)
-
-
 def _draw_menu(
-    rng: random.Random, phrases: Phrases, pen: Pen, font: Font, theme: Theme, window: _Window, top: float, height: int
+    rng: random.Random,
+    phrases: Phrases,
+    pen: Pen,
+    font: Font,
+    theme: Theme,
+    window: _Window,
+    top: float,
+    height: int,
 ) -> float:
     """Draws a menu along the left side; returns where it ends."""
     unit = line_height(font)
@@ -110,7 +116,9 @@ def _draw_menu(
             break
         if word == window.chosen:
             pen.draw.rectangle((0, y - 0.15 * unit, right, y + 1.15 * unit), fill=theme.accent)
-        pen.write(word, font, y, 0.6 * unit, theme.on_accent if word == window.chosen else theme.ink, kind="menu")
+        pen.write(
+            word, font, y, 0.6 * unit, theme.on_accent if word == window.chosen else theme.ink, kind="menu"
+        )
     window.texts += window.menu
     return right
 
@@ -155,8 +163,8 @@ def _draw_form(
             pen.draw.rectangle(square, outline=theme.ink, width=max(1, round(unit / 12)))
             if ticked:
                 corners = [(0.2, 0.55), (0.42, 0.8), (0.85, 0.2)]
-                line = [(left + x * unit, text_top + y * unit) for x, y in corners]
-                pen.draw.line(line, fill=theme.ink, width=max(1, round(unit / 8)))
+                stroke = [(left + x * unit, text_top + y * unit) for x, y in corners]
+                pen.draw.line(stroke, fill=theme.ink, width=max(1, round(unit / 8)))
             pen.write(name, font, text_top, left + 1.5 * unit, kind="tick")
             window.ticked[name] = ticked
             window.texts.append(name)
@@ -170,7 +178,16 @@ def _draw_form(
         top += (1.5 + rng.uniform(0.3, 0.9)) * unit
 
 
-def _draw_buttons(rng, names, pen: Pen, font: Font, theme: Theme, window: _Window, place) -> None:
+def _draw_buttons(
+    rng: random.Random,
+    names: Iterator[str],
+    pen: Pen,
+    font: Font,
+    theme: Theme,
+    window: _Window,
+    place: tuple[float, float, float],
+) -> None:
+    """Draws one or two buttons side by side from `place`: top, left and the right end of the room."""
     top, left, right = place
     unit = line_height(font)
     row = []
@@ -182,9 +199,16 @@ def _draw_buttons(rng, names, pen: Pen, font: Font, theme: Theme, window: _Windo
         filled = i == 0
         box = (left, top, min(right, left + wide), top + 1.5 * unit)
         radius = 0.3 * unit * rng.choice((0, 1))
-        pen.draw.rounded_rectangle(box, radius, outline=theme.edge, fill=theme.accent if filled else theme.panel)
+        pen.draw.rounded_rectangle(
+            box, radius, outline=theme.edge, fill=theme.accent if filled else theme.panel
+        )
         pen.write_middle(
-            name, font, top + 0.25 * unit, (box[0] + box[2]) / 2, theme.on_accent if filled else theme.ink, kind="button"
+            name,
+            font,
+            top + 0.25 * unit,
+            (box[0] + box[2]) / 2,
+            theme.on_accent if filled else theme.ink,
+            kind="button",
         )
         row.append(name)
         left += wide + 0.6 * unit

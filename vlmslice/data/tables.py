@@ -9,8 +9,8 @@ import random
 from collections.abc import Sequence
 
 from vlmslice.data.fonts import FontLibrary, load_font, spell
-from vlmslice.data.phrases import Phrases
 from vlmslice.data.photo_effects import photograph
+from vlmslice.data.phrases import Phrases
 from vlmslice.data.samples import TaskConfig, TaskSample, font_size, reshape
 from vlmslice.data.scenes import Scene, ink_and_paper, paper_image
 from vlmslice.data.typesetting import Font, Pen, line_height
@@ -19,7 +19,11 @@ _SMALLEST = 9  # px per em
 _MIN_AREA = 200 * 160
 
 HTML_QUESTIONS = ("Read the table as HTML.", "Give the table as HTML.", "Transcribe the table in HTML.")
-CSV_QUESTIONS = ("Read the table as CSV.", "Give the table as CSV.", "Write the table as comma-separated values.")
+CSV_QUESTIONS = (
+    "Read the table as CSV.",
+    "Give the table as CSV.",
+    "Write the table as comma-separated values.",
+)
 
 Cells = list[list[str]]
 """Rows of cells, the header first."""
@@ -40,10 +44,15 @@ def table_to_csv(cells: Sequence[Sequence[object]]) -> str:
 
 def random_table(phrases: Phrases, num_rows: int, num_columns: int) -> Cells:
     """A header and `num_rows` rows; the names in the header and in the first column are distinct."""
-    kinds = [
-        phrases.rng.choice((phrases.number, phrases.amount, phrases.number, phrases.percent, phrases.word, phrases.numeric_date))
-        for _ in range(num_columns - 1)
-    ]  # fmt: skip
+    fillings = (
+        phrases.number,
+        phrases.number,
+        phrases.amount,
+        phrases.percent,
+        phrases.word,
+        phrases.numeric_date,
+    )
+    kinds = [phrases.rng.choice(fillings) for _ in range(num_columns - 1)]
     names = phrases.distinct_words(num_rows + num_columns, longest=9)
     return [names[:num_columns]] + [[name, *(kind() for kind in kinds)] for name in names[num_columns:]]
 
@@ -87,9 +96,7 @@ def _column_widths(font: Font, cells: Cells, pad: float) -> list[float]:
     return [max(map(font.getlength, column)) + 2 * pad * font.size for column in zip(*cells, strict=True)]
 
 
-def _draw(
-    rng: random.Random, font: Font, cells: Cells, pad: float, height: int, width: int
-) -> Scene:
+def _draw(rng: random.Random, font: Font, cells: Cells, pad: float, height: int, width: int) -> Scene:
     ink, paper = ink_and_paper(rng, 90.0)
     scene = Scene(paper_image(rng, height, width, paper))
     pen = Pen(scene, ink)
@@ -155,6 +162,10 @@ def _ask(rng: random.Random, cells: Cells) -> tuple[str, str]:
         )
     j = rng.randrange(1, len(header))
     question = rng.choice(
-        ("What is the {column} of {row}?", "What stands in row {row}, column {column}?", "{row}: what is the {column}?")
+        (
+            "What is the {column} of {row}?",
+            "What stands in row {row}, column {column}?",
+            "{row}: what is the {column}?",
+        )
     )
     return question.format(column=header[j], row=row[0]), row[j]
