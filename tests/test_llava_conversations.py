@@ -36,7 +36,7 @@ def test_without_image():
     "change, complaint",
     [
         ({"conversations": [{"from": "bot", "value": "x"}]}, "expected an object with a role of"),
-        ({"conversations": ["x"]}, "message 1 is 'x'"),
+        ({"conversations": ["x"]}, "message 0 is 'x'"),
         ({"conversations": []}, "got no messages"),
         ({"image": ["a.png", "b.png"]}, "places for 1 images but images lists 2"),
         ({"image": 3}, "images is 3; expected a list of paths"),
