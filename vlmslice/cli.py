@@ -253,6 +253,7 @@ def preview(
     num: Annotated[int, typer.Option(min=1, help="Samples of each task.")] = 4,
     seed: Annotated[int, typer.Option(help="Sample i of a seed is always the same.")] = 0,
     boxes: Annotated[bool, typer.Option("--boxes", help="Draw the dense truth over the pictures.")] = False,
+    tile: Annotated[int, typer.Option(min=64, help="Largest side of a picture on the sheet, px.")] = 320,
     megapixels: _Megapixels = (0.06, 0.4),
     max_count: Annotated[int, typer.Option(min=1, help="Most things to count.")] = 20,
     split: _Split = "train",
@@ -269,7 +270,7 @@ def preview(
     config, fonts = _data_config(split, megapixels, max_count)
     streams = [draw_samples(name, num, config, fonts, seed) for name in task or TASKS]
     samples = [sample for stream in streams for sample in stream]
-    _save(contact_sheet(samples, columns=min(4, len(samples)), boxes=boxes), path)
+    _save(contact_sheet(samples, columns=min(4, len(samples)), tile=tile, boxes=boxes), path)
     _note(f"{len(samples)} samples drawn to {path}")
 
 

@@ -48,7 +48,7 @@ def tilt(rng: random.Random, scene: Scene, strength: float = 0.05) -> Scene:
         (width, height),
         Image.Transform.PERSPECTIVE,
         tuple(back.flatten()[:8]),
-        Image.Resampling.BICUBIC,
+        Image.Resampling.BILINEAR,
         fillcolor=_ground(rng),
     )
     return scene.moved(image, lambda boxes: warp_boxes(boxes, onto))
