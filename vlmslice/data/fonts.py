@@ -14,7 +14,7 @@ import string
 import unicodedata
 from collections.abc import Iterable
 from dataclasses import dataclass
-from functools import cache, lru_cache
+from functools import lru_cache
 from pathlib import Path
 
 from PIL import ImageFont
@@ -155,18 +155,20 @@ def load_font(path: str, size: int) -> ImageFont.FreeTypeFont:
     return ImageFont.truetype(path, size, layout_engine=ImageFont.Layout.BASIC)
 
 
-@cache  # a few kilobytes for each font of the machine
-def font_characters(path: str) -> frozenset[str]:
-    """Characters of Latin scripts and currency signs (up to U+20BF) that a font file has glyphs for."""
-    from fontTools.ttLib import TTFont
-
-    with TTFont(path, lazy=True) as font:
-        return frozenset(chr(code) for code in font.getBestCmap() if code <= 0x20BF)
+@lru_cache(maxsize=100_000)
+def can_draw(path: str, character: str) -> bool:
+    """Whether a font file draws a character as itself; some list characters for which they draw an empty box."""
+    font = load_font(path, 24)
+    drawn, missing = font.getmask(character), font.getmask("\U0010ffff")
+    return drawn.getbbox() is not None and (drawn.size, bytes(drawn)) != (missing.size, bytes(missing))
 
 
 def spell(text: str, font: ImageFont.FreeTypeFont) -> str:
     """`text` with accented letters that `font` lacks replaced by their base letters ("é" -> "e")."""
     if text.isascii():
         return text
-    known = font_characters(str(font.path))
-    return "".join(c if c in known else unicodedata.normalize("NFD", c)[0] for c in text)
+    path = str(font.path)
+    return "".join(
+        c if c.isascii() or can_draw(path, c) else unicodedata.normalize("NFD", c.replace("ø", "o"))[0]
+        for c in text
+    )

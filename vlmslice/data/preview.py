@@ -99,7 +99,8 @@ def _broken(text: str, font: ImageFont.ImageFont | ImageFont.FreeTypeFont, width
     lines = [""]
     for character in text:
         if font.getlength(lines[-1] + character) > width:
-            lines.append("")
+            whole, space, word = lines[-1].rpartition(" ")
+            lines[-1:] = [whole, word] if space and character != " " else [lines[-1], ""]
         lines[-1] += character
     return lines
 

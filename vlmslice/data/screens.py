@@ -71,12 +71,13 @@ def read_screen(
     scene = Scene(Image.new("RGB", (width, height), theme.ground))
     pen = Pen(scene, theme.ink)
     unit = line_height(font)
-    title = cut(spell(phrases.heading(rng.randint(1, 3)), font), font, 0.6 * width)
+    title = cut(spell(phrases.heading(rng.randint(1, 3)), font), font, 0.9 * width - 0.5 * unit)
     window = _Window(title, [title])
     bar = min(height, 1.6 * unit)
     pen.draw.rectangle((0, 0, width, bar), fill=theme.panel)
     pen.write(title, font, (bar - unit) / 2, 0.5 * unit, kind="title")
-    for i in range(3):
+    free = width - font.getlength(title) - 1.2 * unit
+    for i in range(min(3, int(free / (0.9 * unit)))):
         x, y, r = width - (i + 1) * 0.9 * unit, bar / 2, 0.22 * unit
         pen.draw.ellipse((x - r, y - r, x + r, y + r), fill=theme.edge)
     left = 0.5 * unit
