@@ -388,5 +388,7 @@ class _Canvas:
                 ink = self.style.ink
             text = f"{value:g}%"
             font = self._fit(text, 0.45 * radius)
+            half = font.getlength(text) / 2
+            x = min(max(x, half + 1), self.width - half - 1)
             y = min(max(y, 0.5 * self.unit), self.height - 0.5 * self.unit)
             self.pen.write_middle(text, font, y - line_height(font) / 2, x, ink, kind="value")

@@ -71,7 +71,7 @@ class Scene:
             image: the new picture.
             move: old boxes `float64[N, 4]` to new ones.
         """
-        parts = [*self.glyphs, *self.shapes, *self.regions]
+        parts: list[Glyph | Shape | Region] = [*self.glyphs, *self.shapes, *self.regions]
         boxes = np.array([part.box for part in parts], dtype=np.float64).reshape(-1, 4)
         places: Iterator[Box] = iter(map(tuple, move(boxes).tolist()))
         return Scene(
