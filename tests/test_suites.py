@@ -30,8 +30,8 @@ def samples(suite: Suite) -> list:
 
 
 class TestSynthetic:
-    def test_every_rendered_task_has_a_part(self) -> None:
-        assert SYNTHETIC_TASKS.keys() == TASKS.keys()
+    def test_parts_are_rendered_tasks(self) -> None:
+        assert SYNTHETIC_TASKS.keys() <= TASKS.keys()
         assert set(SYNTHETIC_TASKS.values()) <= TASK_METRICS.keys()
 
     @pytest.mark.parametrize("part", SYNTHETIC_TASKS)

@@ -41,6 +41,7 @@ DEFAULT_QUESTIONS = {
 
 SYNTHETIC_SEED = 20_261_122
 SYNTHETIC_CONFIG = TaskConfig(megapixels=(0.05, 4.0), num_words=(1, 6), max_count=10, split="eval")
+# The tasks that the bundled model is taught.
 SYNTHETIC_TASKS = {"read": "ocr-line", "count": "count", "chart": "chart-qa"}
 SYNTHETIC_SIZE = 300
 

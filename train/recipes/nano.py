@@ -164,12 +164,12 @@ CURRICULUM = [
 
 WIDE = [
     Curriculum(
-        18_000,
+        14_400,
         TaskConfig(megapixels=(0.012, 0.3), num_words=(1, 6), font_px=(13, 70)),
         {"read": 0.6, "count": 0.34, "chart": 0.06},
     ),
     Curriculum(
-        20_400,
+        16_000,
         TaskConfig(megapixels=(0.05, 3.0), num_words=(1, 6)),
         {"read": 0.6, "count": 0.34, "chart": 0.06},
     ),
@@ -225,7 +225,7 @@ def nano(connector: str = "spatial_resampler", slicing: SlicingConfig = SLICING)
             "per_device_train_batch_size": 8,
             "learning_rate": 7e-4,
             "lr_scheduler_type": "warmup_stable_decay",
-            "lr_scheduler_kwargs": {"num_decay_steps": 900},
+            "lr_scheduler_kwargs": {"num_decay_steps": 800},
             "warmup_steps": 50,
             "max_steps": WIDE[-1].until // 8,
             "logging_steps": 50,

@@ -1,4 +1,4 @@
-"""JSONL files of conversations, the common `messages` + `images` format, as a map-style dataset.
+"""Files of conversations, the common `messages` + `images` format or LLaVA's, as a map-style dataset.
 
 One JSON object per line::
 
@@ -11,6 +11,9 @@ One JSON object per line::
 - a string. In messages of the user and of the system each `<image>` mark stands for the next of `images`, and a line
   break right after a mark belongs to it (LLaVA's and ShareGPT's spelling). Answers hold no marks.
 - a list of blocks, `{"type": "text", "text": ...}` and `{"type": "image"}`. Here `<image>` in a text is just text.
+
+LLaVA's spelling is read as well: `conversations` of `{"from": "human", "value": ...}` (or "gpt", "system") instead of
+`messages`, and `image`, one path or a list, instead of `images`. So is a file that is one JSON array of such objects.
 
 The dataset hands out the second form only. Other keys of a line (`id`, ...) are left alone. Image paths are relative
 to the file, or to `image_root`; an absolute path stands as it is.
@@ -32,6 +35,8 @@ from vlmslice.spatial_schema import ROLES
 
 IMAGE_MARK = "<image>"
 
+_LLAVA_ROLES = {"human": "user", "gpt": "assistant"}
+
 _DEFAULT_LIMITS = ImageLimits()
 
 
@@ -40,10 +45,10 @@ class ConversationError(VlmSliceError, ValueError):
 
 
 class ConversationDataset(Sequence[Sample]):
-    """The conversations of one JSONL file; images are loaded when a sample is asked for.
+    """The conversations of one file; images are loaded when a sample is asked for.
 
     Every line is checked when the dataset is built. Of each line only its place in the file is kept, so a file of a
-    million lines takes 16 MB.
+    million lines takes 16 MB. A JSON array is kept in memory as a whole.
     """
 
     def __init__(
@@ -56,13 +61,31 @@ class ConversationDataset(Sequence[Sample]):
         """Checks every line.
 
         Args:
-            path: The JSONL file; blank lines are skipped.
+            path: The JSONL file, whose blank lines are skipped, or a JSON array.
             image_root: Folder that image paths are relative to; the file's own folder by default.
             limits: Caps on the size of an image.
         """
         self.path = Path(path)
         self.image_root = self.path.parent if image_root is None else Path(image_root)
         self.limits = limits
+        self._records = self._read_array()
+        for number, record in enumerate(self._records or [], start=1):
+            parse_conversation(record, f"{self.path}: record {number}")
+        self._places = self._find_lines() if self._records is None else np.empty((0, 2), dtype=np.int64)
+
+    def _read_array(self) -> list[bytes] | None:
+        """The objects of a JSON array, each as a line; None for JSONL."""
+        with self.path.open("rb") as file:
+            if file.read(512).lstrip()[:1] != b"[":
+                return None
+            file.seek(0)
+            try:
+                return [json.dumps(record).encode() for record in json.load(file)]
+            except ValueError as error:
+                raise ConversationError(f"{self.path}: not valid JSON: {error}") from error
+
+    def _find_lines(self) -> np.ndarray:
+        """Offset and number of each line that is not blank, all of them checked."""
         places = []
         offset = 0
         with self.path.open("rb") as file:
@@ -71,22 +94,28 @@ class ConversationDataset(Sequence[Sample]):
                     parse_conversation(line, f"{self.path}:{number}")
                     places.append((offset, number))
                 offset += len(line)
-        self._places = np.array(places, dtype=np.int64).reshape(-1, 2)
+        return np.array(places, dtype=np.int64).reshape(-1, 2)
 
     def __len__(self) -> int:
-        return len(self._places)
+        return len(self._places) if self._records is None else len(self._records)
 
     def __getitem__(self, index: int) -> Sample:  # type: ignore[override]  # no slices
-        offset, number = self._places[index]
-        source = f"{self.path}:{number}"
-        with self.path.open("rb") as file:
-            file.seek(offset)
-            messages, paths = parse_conversation(file.readline(), source)
+        line, source = self._read(index)
+        messages, paths = parse_conversation(line, source)
         try:
             images = [load_image(self.image_root / path, limits=self.limits) for path in paths]
         except ImageError as error:
             raise ConversationError(f"{source}: {error}") from error
         return Sample(messages=messages, images=images, source=source)
+
+    def _read(self, index: int) -> tuple[bytes, str]:
+        """A record and where it comes from."""
+        if self._records is not None:
+            return self._records[index], f"{self.path}: record {range(len(self))[index] + 1}"
+        offset, number = self._places[index]
+        with self.path.open("rb") as file:
+            file.seek(offset)
+            return file.readline(), f"{self.path}:{number}"
 
 
 def parse_conversation(line: str | bytes, source: str) -> tuple[list[dict[str, Any]], list[str]]:
@@ -103,6 +132,12 @@ def parse_conversation(line: str | bytes, source: str) -> tuple[list[dict[str, A
         record = json.loads(line)
     except ValueError as error:
         raise ConversationError(f"{source}: not valid JSON: {error}") from error
+    if (
+        isinstance(record, dict)
+        and "messages" not in record
+        and isinstance(record.get("conversations"), list)
+    ):
+        record = _from_llava(record)
     if not isinstance(record, dict) or not isinstance(record.get("messages"), list) or not record["messages"]:
         raise ConversationError(
             f'{source}: got no messages; expected an object {{"messages": [...], "images": [...]}} with at least one'
@@ -121,6 +156,18 @@ def parse_conversation(line: str | bytes, source: str) -> tuple[list[dict[str, A
             f'{IMAGE_MARK} mark (in a string) or {{"type": "image"}} block (in a list) per image'
         )
     return messages, paths
+
+
+def _from_llava(record: dict[str, Any]) -> dict[str, Any]:
+    """LLaVA's keys turned into `messages` and `images`; what is wrong with the values is told later."""
+    messages = [
+        {"role": _LLAVA_ROLES.get(str(turn.get("from")), turn.get("from")), "content": turn.get("value")}
+        if isinstance(turn, dict)
+        else turn
+        for turn in record["conversations"]
+    ]
+    images = record.get("image", record.get("images", []))
+    return {"messages": messages, "images": [images] if isinstance(images, str) else images}
 
 
 def _parse_message(message: Any, source: str) -> dict[str, Any]:

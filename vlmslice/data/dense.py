@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import math
 import random
+import unicodedata
 from dataclasses import dataclass
+from functools import cache
 
 import numpy as np
 import torch
@@ -44,6 +46,12 @@ HEADS = {
 _CHARACTER_LABEL = {c: i + 1 for i, c in enumerate(CHARACTERS)}
 _KIND_LABEL = {k: i + 1 for i, k in enumerate(KINDS)}
 _COLOR_LABEL = {c: i + 1 for i, c in enumerate(COLORS)}
+
+
+@cache
+def _character_label(character: str) -> int:
+    """Accented letters count as their base letter; 0 for what has none among `CHARACTERS`."""
+    return _CHARACTER_LABEL.get(unicodedata.normalize("NFD", character)[0], 0)
 
 
 def _cell_range(low: float, high: float, cell: float, count: int) -> slice:
@@ -85,7 +93,7 @@ def label_cells(
             _cell_range(glyph.box[0] - top, glyph.box[2] - top, cell_h, rows),
             _cell_range(glyph.box[1] - left, glyph.box[3] - left, cell_w, cols),
         )
-        planes["character"][window] = _CHARACTER_LABEL.get(glyph.character, 0)
+        planes["character"][window] = _character_label(glyph.character)
     c = CELLS_PER_SIDE
     return {
         name: plane.reshape(patch_grid[0], c, patch_grid[1], c).swapaxes(1, 2).reshape(-1, c * c)
@@ -156,15 +164,8 @@ def _overlap(a: tuple[float, ...], b: tuple[float, ...]) -> bool:
 def resize_scene(scene: Scene, height: int, width: int) -> Scene:
     """The same scene at another size, boxes included."""
     sy, sx = height / scene.image.height, width / scene.image.width
-
-    def scaled(box):
-        return box[0] * sy, box[1] * sx, box[2] * sy, box[3] * sx
-
-    return Scene(
-        scene.image.resize((width, height), Image.Resampling.BICUBIC),
-        [type(g)(g.character, scaled(g.box)) for g in scene.glyphs],
-        [type(s)(s.kind, s.color, scaled(s.box)) for s in scene.shapes],
-    )
+    image = scene.image.resize((width, height), Image.Resampling.BICUBIC)
+    return scene.moved(image, lambda boxes: boxes * np.array([sy, sx, sy, sx]))
 
 
 @dataclass(frozen=True)

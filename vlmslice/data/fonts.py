@@ -9,7 +9,9 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import string
+import unicodedata
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import lru_cache
@@ -40,6 +42,8 @@ _UNSUITABLE_FAMILIES = frozenset(
         "Standard Symbols PS", "STIXSizeOneSym", "Symbola", "TeX Gyre Chorus",
     }
 )  # fmt: skip
+
+_MONOSPACED = re.compile(r"Mono|Courier|Code|Typewriter|Typist|Cursor|tt10|OCR|Spleen|Inconsolata|Hack")
 
 SYSTEM_FONT_DIRS = ("/usr/share/fonts", "/usr/local/share/fonts", "/usr/share/texmf/fonts", "/Library/Fonts")
 
@@ -136,6 +140,11 @@ class FontLibrary:
     def __len__(self) -> int:
         return sum(map(len, self.families.values()))
 
+    def draw_monospaced(self, rng, size: int) -> ImageFont.FreeTypeFont:
+        """As `draw`, from the families whose name says that all characters are of one width, if there are any."""
+        names = [name for name in self._names if _MONOSPACED.search(name)] or self._names
+        return load_font(rng.choice(self.families[rng.choice(names)]).path, size)
+
     def draw(self, rng, size: int) -> ImageFont.FreeTypeFont:
         """A font of `size` px per em, its family drawn first. `rng` is a `random.Random`."""
         return load_font(rng.choice(self.families[rng.choice(self._names)]).path, size)
@@ -144,3 +153,22 @@ class FontLibrary:
 @lru_cache(maxsize=256)  # an open font holds up to a megabyte
 def load_font(path: str, size: int) -> ImageFont.FreeTypeFont:
     return ImageFont.truetype(path, size, layout_engine=ImageFont.Layout.BASIC)
+
+
+@lru_cache(maxsize=100_000)
+def can_draw(path: str, character: str) -> bool:
+    """Whether a font file draws a character as itself; some list characters for which they draw an empty box."""
+    font = load_font(path, 24)
+    drawn, missing = font.getmask(character), font.getmask("\U0010ffff")
+    return drawn.getbbox() is not None and (drawn.size, bytes(drawn)) != (missing.size, bytes(missing))
+
+
+def spell(text: str, font: ImageFont.FreeTypeFont) -> str:
+    """`text` with accented letters that `font` lacks replaced by their base letters ("é" -> "e")."""
+    if text.isascii():
+        return text
+    path = str(font.path)
+    return "".join(
+        c if c.isascii() or can_draw(path, c) else unicodedata.normalize("NFD", c.replace("ø", "o"))[0]
+        for c in text
+    )

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import io
 import random
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 
 import numpy as np
@@ -38,11 +39,47 @@ class Shape:
         return (top + bottom) / 2, (left + right) / 2
 
 
+@dataclass(frozen=True)
+class Region:
+    """A part of a picture that is neither a glyph nor a shape to count.
+
+    Attributes:
+        kind: "word" or "line" of text; "cell" of a table; "bar", "point" or "wedge" of a chart; "node" or "arrow" of a
+            flowchart; "field", "button", ... of a window.
+        text: what it says or is named, as an answer spells it.
+        box: its place.
+        value: the number that a chart's mark stands for.
+    """
+
+    kind: str
+    text: str
+    box: Box
+    value: float | None = None
+
+
 @dataclass
 class Scene:
     image: Image.Image
     glyphs: list[Glyph] = field(default_factory=list)
     shapes: list[Shape] = field(default_factory=list)
+    regions: list[Region] = field(default_factory=list)
+
+    def moved(self, image: Image.Image, move: Callable[[np.ndarray], np.ndarray]) -> Scene:
+        """The same things on another picture.
+
+        Args:
+            image: the new picture.
+            move: old boxes `float64[N, 4]` to new ones.
+        """
+        parts: list[Glyph | Shape | Region] = [*self.glyphs, *self.shapes, *self.regions]
+        boxes = np.array([part.box for part in parts], dtype=np.float64).reshape(-1, 4)
+        places: Iterator[Box] = iter(map(tuple, move(boxes).tolist()))
+        return Scene(
+            image,
+            [replace(glyph, box=next(places)) for glyph in self.glyphs],
+            [replace(shape, box=next(places)) for shape in self.shapes],
+            [replace(region, box=next(places)) for region in self.regions],
+        )
 
 
 def sample_rng(seed: int, task: str, index: int) -> random.Random:

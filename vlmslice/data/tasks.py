@@ -1,4 +1,4 @@
-"""Questions about rendered pictures: read a line, count shapes, read a bar chart.
+"""All rendered tasks by name, three simple ones (read a line, count shapes, read a bar chart), and their mixture.
 
 Every task is a function from a random source and a `TaskConfig` to a `TaskSample`; `TaskDataset` mixes them by weight.
 Sample i of a seed is always the same.
@@ -8,14 +8,19 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Callable
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from PIL import ImageDraw
-from torch.utils.data import Dataset
 
 from vlmslice.data.charts import chart_question, chart_scene
+from vlmslice.data.crowds import count_crowd
+from vlmslice.data.flowcharts import read_flowchart
 from vlmslice.data.fonts import FontLibrary, load_font
+from vlmslice.data.paragraphs import find_line, read_page, read_paragraph, read_place
+from vlmslice.data.plots import read_plot
+from vlmslice.data.receipts import read_receipt
+from vlmslice.data.samples import Task, TaskConfig, TaskSample
 from vlmslice.data.scenes import (
     Scene,
     add_camera_effects,
@@ -25,8 +30,15 @@ from vlmslice.data.scenes import (
     paper_image,
     sample_rng,
 )
+from vlmslice.data.screens import read_screen
 from vlmslice.data.shapes import KINDS, scatter_shapes, visible_colors
+from vlmslice.data.tables import read_table
 from vlmslice.data.text import random_words
+
+__all__ = [
+    "TASKS", "Curriculum", "Task", "TaskConfig", "TaskDataset", "TaskSample", "count_shapes", "picture_size", "plural",
+    "read_chart", "read_line",
+]  # fmt: skip
 
 READ_QUESTIONS = (
     "Read the text.",
@@ -43,53 +55,6 @@ COUNT_QUESTIONS = (
     "Count the {things}.",
     "What is the number of {things} in the image?",
 )
-
-
-@dataclass(frozen=True)
-class TaskConfig:
-    """Difficulty, the same for all tasks.
-
-    Attributes:
-        megapixels: smallest and largest area of a picture; drawn evenly in the logarithm.
-        max_aspect: longest to shortest side at most.
-        num_words: fewest and most words of a line.
-        max_characters: lines are cut to whole words within this length (at least one word).
-        font_px: smallest and largest font size, px per em, before the line is made to fit.
-        max_count: largest count of shapes.
-        split: "train" or "eval": which words are used.
-    """
-
-    megapixels: tuple[float, float] = (0.05, 4.0)
-    max_aspect: float = 3.0
-    num_words: tuple[int, int] = (1, 6)
-    max_characters: int = 60
-    font_px: tuple[float, float] = (14.0, 90.0)
-    max_count: int = 10
-    split: str = "train"
-
-
-@dataclass
-class TaskSample:
-    """A question about a scene.
-
-    Attributes:
-        places: for each character of the answer, the points (y, x) of the picture that it rests on; empty where no
-            place is known.
-        is_count: whether the answer is the number of its places.
-    """
-
-    task: str
-    scene: Scene
-    question: str
-    answer: str
-    places: list[list[tuple[float, float]]] = field(default_factory=list)
-    is_count: bool = False
-
-    @property
-    def messages(self) -> list[dict]:
-        """The sample as a conversation with one image."""
-        content = [{"type": "image"}, {"type": "text", "text": self.question}]
-        return [{"role": "user", "content": content}, {"role": "assistant", "content": self.answer}]
 
 
 def picture_size(rng: random.Random, config: TaskConfig) -> tuple[int, int]:
@@ -210,10 +175,22 @@ def read_chart(
     return TaskSample("chart", scene, question, answer)
 
 
-Task = Callable[[random.Random, TaskConfig, FontLibrary, int, int], TaskSample]
-"""Draws a sample on a picture of a height and width."""
-
-TASKS: dict[str, Task] = {"read": read_line, "count": count_shapes, "chart": read_chart}
+TASKS: dict[str, Task] = {
+    "read": read_line,
+    "count": count_shapes,
+    "chart": read_chart,
+    "paragraph": read_paragraph,
+    "line": find_line,
+    "place": read_place,
+    "page": read_page,
+    "receipt": read_receipt,
+    "screenshot": read_screen,
+    "table": read_table,
+    "plot": read_plot,
+    "crowd": count_crowd,
+    "flowchart": read_flowchart,
+}
+"""Every rendered task by name."""
 
 
 @dataclass(frozen=True)
@@ -231,11 +208,11 @@ class Curriculum:
     weights: dict[str, float] = field(default_factory=lambda: {"read": 1.0})
 
 
-class TaskDataset(Dataset):
+class TaskDataset(Sequence[TaskSample]):
     """Rendered samples that grow harder with the index.
 
     Batches of `group` consecutive samples share the size of their pictures, hence the slice plan, so that no view is
-    padded (charts alone may be of another shape).
+    padded; receipts, charts and flowcharts alone may be of another shape.
     """
 
     def __init__(
@@ -246,7 +223,7 @@ class TaskDataset(Dataset):
     def __len__(self) -> int:
         return self.steps[-1].until
 
-    def __getitem__(self, index: int) -> TaskSample:
+    def __getitem__(self, index: int) -> TaskSample:  # type: ignore[override]  # no slices
         step = next((s for s in self.steps if index < s.until), None)
         if step is None:
             raise IndexError(f"sample {index} of {len(self)}")

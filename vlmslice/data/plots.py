@@ -1,0 +1,214 @@
+"""What a chart shows, apart from how it is drawn, and the questions that it answers.
+
+Two renderers draw the same `Plot`: `plot_pillow` in our own styles, `plot_matplotlib` in those of matplotlib.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+
+from vlmslice.data.fonts import FontLibrary
+from vlmslice.data.phrases import Phrases
+from vlmslice.data.plot_pillow import draw_with_pillow
+from vlmslice.data.plot_types import KINDS, Plot, Series
+from vlmslice.data.samples import TaskConfig, TaskSample, reshape
+from vlmslice.data.scenes import add_camera_effects
+from vlmslice.data.tables import table_to_csv
+
+_MIN_AREA = 240 * 180
+_MARKS = {"bar": "bar", "horizontal": "bar", "line": "point", "pie": "slice"}
+_PLURALS = {"bar": "bars", "horizontal": "bars", "pie": "slices"}
+
+
+def random_plot(rng: random.Random, config: TaskConfig, most_categories: int) -> Plot:
+    """A chart of any kind with distinct names, and values that differ where a question compares them."""
+    phrases = Phrases(rng, config.split)
+    kind = rng.choice(KINDS)
+    few = most_categories if kind not in ("grouped", "stacked") else most_categories // 2
+    num_categories = rng.randint(2, max(2, min(8, few)))
+    num_series = rng.randint(2, 3) if kind in ("grouped", "stacked") else 1
+    if kind in ("line", "scatter"):
+        num_series = rng.choice((1, 1, 2, 3))
+    names = phrases.distinct_words(num_categories + num_series + 2, longest=8)
+    series_names, x_label, y_label = names[:num_series], *names[num_series : num_series + 2]
+    categories = tuple(names[num_series + 2 :])
+    if rng.random() < 0.25 and kind not in ("pie", "scatter"):
+        first = rng.randint(1950, 2030 - num_categories)
+        categories = tuple(str(first + i) for i in range(num_categories))
+    title = " ".join([phrases.capitalized(9)] + [phrases.word(8)] * rng.randint(0, 2))
+    if kind == "scatter":
+        return Plot(kind, title, x_label, y_label, (), tuple(_cloud(rng, name) for name in series_names))
+    if kind == "pie":
+        return Plot(kind, title, "", "", categories, (Series(series_names[0], _shares(rng, num_categories)),))
+    decimals = 1 if rng.random() < 0.2 else 0
+    top = rng.choice((20, 100, 100, 100, 500, 2000)) if not decimals else 100
+    low = max(1, round(0.04 * top * 10**decimals))
+    series = tuple(
+        Series(
+            name,
+            tuple(
+                v / 10**decimals if decimals else v
+                for v in rng.sample(range(low, top * 10**decimals), num_categories)
+            ),
+        )
+        for name in series_names
+    )
+    return Plot(kind, title, x_label, y_label, categories, series, rng.random() < config.printed_values)
+
+
+def _shares(rng: random.Random, number: int) -> tuple[float, ...]:
+    """Distinct whole percentages of 4 or more with the sum 100."""
+    while True:
+        cuts = sorted(rng.sample(range(4, 97), number - 1))
+        shares = [b - a for a, b in zip([0, *cuts], [*cuts, 100], strict=True)]
+        if min(shares) >= 4 and len(set(shares)) == number:
+            return tuple(shares)
+
+
+def _cloud(rng: random.Random, name: str) -> Series:
+    """5-20 points on or round a line."""
+    slope, noise = rng.uniform(-1, 1), rng.uniform(2, 25)
+    across = [rng.uniform(2, 98) for _ in range(rng.randint(5, 20))]
+    values = tuple(round(min(98.0, max(2.0, 50 + slope * (x - 50) + rng.gauss(0, noise))), 1) for x in across)
+    return Series(name, values, tuple(round(x, 1) for x in across))
+
+
+def read_plot(
+    rng: random.Random, config: TaskConfig, fonts: FontLibrary, height: int, width: int
+) -> TaskSample:
+    """A chart of any kind; see `ask` for the questions. The picture is at most 1.9 times as long as the other side."""
+    height, width = reshape(height, width, (1 / 1.6, 1.9), _MIN_AREA)
+    plot = random_plot(rng, config, int(width / 55))
+    draw = draw_with_pillow
+    if rng.random() < config.matplotlib:
+        from vlmslice.data.plot_matplotlib import draw_with_matplotlib as draw  # half a second to load
+    scene, colors = draw(rng, config, fonts, plot, height, width)
+    scene.image = add_camera_effects(rng, scene.image, 0.5)
+    question, answer = ask(rng, plot, colors)
+    return TaskSample("plot", scene, question, answer)
+
+
+def spell_value(value: float) -> str:
+    """7 for 7.0, else the shortest decimal."""
+    return f"{value:g}"
+
+
+def plot_table(plot: Plot) -> list[list[str]]:
+    """Header and rows of the data; the names of several series head the columns, else the label of the axis."""
+    heads = [series.name for series in plot.series] if len(plot.series) > 1 else [plot.y_label or "Value"]
+    rows = [
+        [category, *(spell_value(series.values[i]) for series in plot.series)]
+        for i, category in enumerate(plot.categories)
+    ]
+    return [[plot.x_label or "Name", *heads], *rows]
+
+
+def ask(rng: random.Random, plot: Plot, colors: tuple[str, ...]) -> tuple[str, str]:
+    """A question about the plot and its answer.
+
+    Args:
+        rng: drawn from.
+        plot: what is shown.
+        colors: name of the colour of each series; of the only series, if all its marks share one; else empty.
+    """
+    asked: list[list[tuple[str, str]]] = [
+        [("What is the title of the chart?", plot.title), ("Read the title.", plot.title)]
+    ]
+    if plot.x_label:
+        asked.append(
+            [
+                ("What is the label of the x axis?", plot.x_label),
+                ("What does the horizontal axis show?", plot.x_label),
+            ]
+        )
+        asked.append(
+            [
+                ("What is the label of the y axis?", plot.y_label),
+                ("What does the vertical axis show?", plot.y_label),
+            ]
+        )
+        if plot.kind == "horizontal":  # its axes are swapped
+            asked[-2:] = [
+                [("What is the label of the x axis?", plot.y_label)],
+                [("What is the label of the y axis?", plot.x_label)],
+            ]
+    if len(plot.series) > 1:
+        i = rng.randrange(len(plot.series))
+        name = plot.series[i].name
+        asked.append([("How many series are there?", str(len(plot.series)))])
+        if len(colors) == len(plot.series):
+            asked.append([(f"What colour is {name}?", colors[i]), (f"Which series is {colors[i]}?", name)])
+    if plot.kind == "scatter":
+        asked += [_about_points(rng, plot)] * 2
+    elif len(plot.series) == 1:
+        asked += [_about_one_series(rng, plot)] * 5
+    else:
+        asked += [_about_several_series(rng, plot)] * 4
+    if plot.kind != "scatter":
+        table = table_to_csv(plot_table(plot))
+        asked.append([("Give the data as CSV.", table), ("Read the chart as a CSV table.", table)])
+    return rng.choice(rng.choice(asked))
+
+
+def _about_points(rng: random.Random, plot: Plot) -> list[tuple[str, str]]:
+    if len(plot.series) == 1:
+        return [("How many points are there?", str(len(plot.series[0].values)))]
+    series = rng.choice(plot.series)
+    return [(f"How many points of {series.name} are there?", str(len(series.values)))]
+
+
+def _about_one_series(rng: random.Random, plot: Plot) -> list[tuple[str, str]]:
+    values, names = plot.series[0].values, plot.categories
+    i, j = rng.sample(range(len(names)), 2)
+    mark = _MARKS[plot.kind]
+    high, low = names[values.index(max(values))], names[values.index(min(values))]
+    one, two = spell_value(values[i]), spell_value(values[j])
+    difference = spell_value(round(abs(values[i] - values[j]), 1))
+    options = [
+        [
+            (f"What is the value of {names[i]}?", one),
+            (f"How much is {names[i]}?", one),
+            (f"Which value does {names[i]} have?", one),
+            (f"What is the value of {names[j]}?", two),
+        ],
+        [
+            ("Which is the largest?", high),
+            (f"Which {mark} is the largest?" if mark != "point" else "Where is the highest point?", high),
+            ("What is the largest value?", spell_value(max(values))),
+        ],
+        [
+            ("Which is the smallest?", low),
+            ("What is the smallest value?", spell_value(min(values))),
+        ],
+        [
+            (f"What is the difference between {names[i]} and {names[j]}?", difference),
+            (f"How far apart are {names[i]} and {names[j]}?", difference),
+        ],
+    ]
+    if plot.kind in _PLURALS:
+        options.append([(f"How many {_PLURALS[plot.kind]} are there?", str(len(values)))])
+    return rng.choice(options)
+
+
+def _about_several_series(rng: random.Random, plot: Plot) -> list[tuple[str, str]]:
+    series = rng.choice(plot.series)
+    i = rng.randrange(len(plot.categories))
+    name, value = plot.categories[i], spell_value(series.values[i])
+    high = plot.categories[series.values.index(max(series.values))]
+    low = plot.categories[series.values.index(min(series.values))]
+    options = [
+        [
+            (f"What is the value of {series.name} for {name}?", value),
+            (f"How much is {series.name} in {name}?", value),
+        ],
+        [(f"Where is {series.name} the largest?", high)],
+        [(f"Where is {series.name} the smallest?", low)],
+    ]
+    if plot.kind == "stacked":
+        total = spell_value(round(math.fsum(s.values[i] for s in plot.series), 1))
+        options.append([(f"What is the total of {name}?", total)])
+    at = [s.values[i] for s in plot.series]
+    if at.count(max(at)) == 1:
+        options.append([(f"Which series is the largest for {name}?", plot.series[at.index(max(at))].name)])
+    return rng.choice(options)

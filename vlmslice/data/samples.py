@@ -1,0 +1,90 @@
+"""What every rendered task shares: its difficulty, its samples, and the shape of its pictures."""
+
+from __future__ import annotations
+
+import math
+import random
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from vlmslice.data.fonts import FontLibrary
+from vlmslice.data.scenes import Scene
+
+
+@dataclass(frozen=True)
+class TaskConfig:
+    """Difficulty, the same for all tasks; a curriculum changes it as it goes on.
+
+    Attributes:
+        megapixels: smallest and largest area of a picture; drawn evenly in the logarithm.
+        max_aspect: longest to shortest side at most.
+        num_words: fewest and most words of a line.
+        max_characters: lines are cut to whole words within this length (at least one word).
+        font_px: smallest and largest font size, px per em, before the line is made to fit.
+        max_count: largest count of shapes.
+        split: "train" or "eval": which words and which chart styles are used.
+        num_lines: fewest and most lines of a paragraph, items of a receipt, rows of a table, boxes of a flowchart.
+        max_answer: characters of a read-out at most; pictures hold no more text than this.
+        accents: share of words with an accented letter.
+        photo: share of documents that look photographed: tilted, shaded, faded.
+        printed_values: share of charts that print the value at each mark; in others it is read off the axis.
+        matplotlib: share of charts drawn by matplotlib, at twenty times the cost of ours.
+    """
+
+    megapixels: tuple[float, float] = (0.05, 4.0)
+    max_aspect: float = 3.0
+    num_words: tuple[int, int] = (1, 6)
+    max_characters: int = 60
+    font_px: tuple[float, float] = (14.0, 90.0)
+    max_count: int = 10
+    split: str = "train"
+    num_lines: tuple[int, int] = (2, 8)
+    max_answer: int = 400
+    accents: float = 0.08
+    photo: float = 0.4
+    printed_values: float = 0.7
+    matplotlib: float = 0.1
+
+
+@dataclass
+class TaskSample:
+    """A question about a scene.
+
+    Attributes:
+        places: for each character of the answer, the points (y, x) of the picture that it rests on; empty where no
+            place is known.
+        is_count: whether the answer is the number of its places.
+    """
+
+    task: str
+    scene: Scene
+    question: str
+    answer: str
+    places: list[list[tuple[float, float]]] = field(default_factory=list)
+    is_count: bool = False
+
+    @property
+    def messages(self) -> list[dict]:
+        """The sample as a conversation with one image."""
+        content = [{"type": "image"}, {"type": "text", "text": self.question}]
+        return [{"role": "user", "content": content}, {"role": "assistant", "content": self.answer}]
+
+
+Task = Callable[[random.Random, TaskConfig, FontLibrary, int, int], TaskSample]
+"""Draws a sample on a picture of a height and width."""
+
+
+def reshape(height: int, width: int, aspects: tuple[float, float], min_area: float = 0.0) -> tuple[int, int]:
+    """Height and width of the same area, or of `min_area` px if that is more, with width / height within `aspects`.
+
+    A receipt asked for at 100 x 400 px with aspects (0.25, 0.6) becomes 258 x 155 px.
+    """
+    area = max(height * width, min_area)
+    aspect = min(max(width / height, aspects[0]), aspects[1])
+    return round(math.sqrt(area / aspect)), round(math.sqrt(area * aspect))
+
+
+def font_size(rng: random.Random, config: TaskConfig, largest: float) -> int:
+    """A font size within `config.font_px` and `largest`, even in the logarithm; 8 px at least."""
+    low, high = (max(8.0, min(size, largest)) for size in config.font_px)
+    return round(math.exp(rng.uniform(math.log(low), math.log(high))))

@@ -1,0 +1,104 @@
+"""Lines of text on a picture: breaking, cutting to a width, and writing with boxes for glyphs, words and lines."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from PIL import ImageDraw, ImageFont
+
+from vlmslice.data.fonts import spell
+from vlmslice.data.scenes import Box, Color, Region, Scene, approximate_length, draw_line
+
+Font = ImageFont.FreeTypeFont
+
+
+def line_height(font: Font) -> int:
+    ascent, descent = font.getmetrics()
+    return ascent + descent
+
+
+def cut(text: str, font: Font, width: float) -> str:
+    """`text` without the last words, then letters, that do not fit `width` px; one letter is left in any case."""
+    while len(text) > 1 and approximate_length(font, text) > width:
+        text = text.rpartition(" ")[0] if " " in text else text[:-1]
+    return text
+
+
+def fill_lines(
+    sentence: Callable[[], list[str]],
+    font: Font,
+    width: float,
+    num_lines: int,
+    max_characters: int,
+    longest: int = 1000,
+) -> list[str]:
+    """Lines of running text, no wider than `width` px.
+
+    Args:
+        sentence: gives the tokens of the next sentence.
+        font: in which widths are measured and characters must exist.
+        width: of a line, px.
+        num_lines: so many at most.
+        max_characters: of all lines together with their breaks at most; the first line is there in any case.
+        longest: characters of a line at most, but for a single word.
+    """
+    lines: list[str] = []
+    tokens: list[str] = []
+    total = -1
+    for _ in range(num_lines):
+        line = ""
+        while True:
+            tokens = tokens or [spell(token, font) for token in sentence()]
+            longer = f"{line} {tokens[0]}" if line else tokens[0]
+            if line and (len(longer) > longest or approximate_length(font, longer) > width):
+                break
+            line = cut(longer, font, width)
+            tokens.pop(0)
+        total += 1 + len(line)
+        if lines and total > max_characters:
+            break
+        lines.append(line)
+    return lines
+
+
+class Pen:
+    """Writes on a scene, with a box for each glyph, word and line."""
+
+    def __init__(self, scene: Scene, ink: Color):
+        self.scene, self.ink = scene, ink
+        self.draw = ImageDraw.Draw(scene.image)
+
+    def write(
+        self, text: str, font: Font, top: float, left: float, ink: Color | None = None, kind: str = "line"
+    ) -> Box:
+        """Writes one line of text and returns its box; `kind` names its region."""
+        glyphs = draw_line(self.draw, text, font, top, left, ink or self.ink)
+        self.scene.glyphs += glyphs
+        boxes = iter(glyph.box for glyph in glyphs)
+        words = []
+        for word in text.split():
+            places = [next(boxes) for _ in word]
+            words.append(Region("word", word, _around(places[0], places[-1])))
+        box = _around(words[0].box, words[-1].box)
+        self.scene.regions += [*words, Region(kind, text, box)]
+        return box
+
+    def write_right(
+        self, text: str, font: Font, top: float, right: float, ink: Color | None = None, kind: str = "line"
+    ) -> Box:
+        """As `write`, ending at `right`."""
+        return self.write(text, font, top, right - font.getlength(text), ink, kind)
+
+    def write_middle(
+        self, text: str, font: Font, top: float, middle: float, ink: Color | None = None, kind: str = "line"
+    ) -> Box:
+        """As `write`, with `middle` as the centre of the line."""
+        return self.write(text, font, top, middle - font.getlength(text) / 2, ink, kind)
+
+    def mark(self, kind: str, text: str, box: Box, value: float | None = None) -> None:
+        """Adds a region that is not a line of text."""
+        self.scene.regions.append(Region(kind, text, box, value))
+
+
+def _around(first: Box, last: Box) -> Box:
+    return min(first[0], last[0]), first[1], max(first[2], last[2]), last[3]
