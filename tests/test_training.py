@@ -211,7 +211,7 @@ def test_help_and_list(app) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ([], "--recipe is missing; expected one of nano, tiny"),
+        ([], "--recipe is missing; expected one of nano, nano_pixel_unshuffle, nano_resampler, tiny"),
         (["--recipe", "tniy"], "unknown recipe 'tniy'; did you mean 'tiny'?"),
         (
             ["--recipe", "tiny", "--stage", "answr"],
