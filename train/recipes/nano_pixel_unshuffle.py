@@ -1,4 +1,4 @@
-"""The bundled model with another connector, for the pilots in docs/experiments/connectors.md."""
+"""The bundled model with another connector, for the pilots in docs/experiments/connect.md."""
 
 from __future__ import annotations
 
