@@ -27,6 +27,8 @@ from vlmslice.vision_encoder import VlmSliceVisionConfig
 
 SLICING = SlicingConfig(overview_resolution=160)
 
+GUIDE_LOSS_WEIGHT = 0.2
+
 VISION = {
     "hidden_size": 256,
     "stem": "overlap",
@@ -70,7 +72,7 @@ def build_config(connector: str = "spatial_resampler", slicing: SlicingConfig = 
         slicing=slicing.to_dict(),
         connector=connector,
         dense_loss_weight=0.3,
-        guide_loss_weight=0.2,
+        guide_loss_weight=GUIDE_LOSS_WEIGHT,
         image_token_id=processor.image_token_id,
     )
 
@@ -93,12 +95,9 @@ def _build_reader(
 
 
 def _build_wide(previous: Path | None) -> nn.Module:
-    """The model of the stage before, its encoder frozen; without one, a new model."""
-    if previous is None:
-        model = VlmSliceForConditionalGeneration(build_config())
-    else:
-        model = VlmSliceForConditionalGeneration.from_pretrained(previous, dtype=torch.float32)
-    model.config.guide_loss_weight = 0.2
+    """The model of the stage before, its encoder frozen."""
+    model = VlmSliceForConditionalGeneration.from_pretrained(previous, dtype=torch.float32)
+    model.config.guide_loss_weight = GUIDE_LOSS_WEIGHT
     model.set_attn_implementation({"text_config": "eager"})
     model.vision_encoder.requires_grad_(False)
     return model

@@ -20,7 +20,7 @@ from vlmslice.data.fonts import FontLibrary, load_font
 from vlmslice.data.paragraphs import find_line, read_page, read_paragraph, read_place
 from vlmslice.data.plots import read_plot
 from vlmslice.data.receipts import read_receipt
-from vlmslice.data.samples import Task, TaskConfig, TaskSample
+from vlmslice.data.samples import Task, TaskConfig, TaskSample, reshape
 from vlmslice.data.scenes import (
     Scene,
     add_camera_effects,
@@ -168,8 +168,7 @@ def read_chart(
     rng: random.Random, config: TaskConfig, fonts: FontLibrary, height: int, width: int
 ) -> TaskSample:
     """A bar chart with labelled bars, of an aspect ratio of at most 1.8; see `charts`."""
-    area, aspect = height * width, min(max(width / height, 1 / 1.8), 1.8)
-    height, width = round(math.sqrt(area / aspect)), round(math.sqrt(area * aspect))
+    height, width = reshape(height, width, (1 / 1.8, 1.8))
     scene, chart = chart_scene(rng, fonts, height, width, config.split)
     question, answer = chart_question(rng, chart)
     return TaskSample("chart", scene, question, answer)
