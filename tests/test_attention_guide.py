@@ -8,6 +8,7 @@ import torch
 from tests.tiny_models import CONNECTORS, tiny_config, tiny_model, tiny_slicing
 from vlmslice import VlmSliceImageProcessorPil, VlmSliceProcessor
 from vlmslice.attention_guide import guide_loss, guided_layers
+from vlmslice.data.collator import IGNORED
 from vlmslice.data.fonts import FontLibrary, matplotlib_font_dir
 from vlmslice.data.task_collator import TaskCollator
 from vlmslice.data.tasks import Curriculum, TaskConfig, TaskDataset
@@ -120,11 +121,27 @@ class TestPlaces:
         batch = build_collator()(draw("chart", 2))
         assert batch["guide_entries"].shape == (0, 3)
 
-    def test_tokenizer_with_longer_ids_is_refused(self):
+    def test_lines_of_accented_letters(self):
+        """Both bytes of an accented letter are shown its one place; a line break is shown none."""
+        samples = draw("paragraph", 6, accents=1.0, num_lines=(2, 3), font_px=(14, 20))
+        assert any(not sample.answer.isascii() for sample in samples)
+        for sample in samples:
+            batch = build_collator()([sample])
+            shown = [batch["input_ids"][0, q + 1].item() for _, q, _ in batch["guide_entries"].tolist()]
+            assert bytes(shown).decode() == "".join(sample.answer.split())
+
+    def test_answer_that_is_not_bytes_is_refused(self):
         [sample] = draw("read", 1)
-        sample.answer += "é"  # two bytes
-        with pytest.raises(ValueError, match="one per character"):
-            build_collator()([sample])
+        collator = build_collator()
+        collator._conversations = lambda rows, whole=collator._conversations: drop_one_label(whole(rows))
+        with pytest.raises(ValueError, match="one per byte"):
+            collator([sample])
+
+
+def drop_one_label(batch):
+    first = (batch["labels"][0] != IGNORED).nonzero()[0]
+    batch["labels"][0, first] = IGNORED
+    return batch
 
 
 class TestModel:

@@ -274,6 +274,7 @@ class TestLabels:
         assert labels["kind"].tolist() == [[0, 0, 0, 0], [0, 0, square, square]]
         assert labels["color"].tolist() == [[0, 0, 0, 0], [0, 0, red, red]]
         assert labels["center"].tolist() == [[0, 0, 0, 0], [0, 0, 0, 1]]
+        assert labels["glyph"].tolist() == [[b, 0, 0, 0], [0, 0, 0, 0]]
         assert {name: label.max() < HEADS[name] for name, label in labels.items()} == dict.fromkeys(
             HEADS, True
         )
@@ -299,6 +300,27 @@ class TestLabels:
         assert (plane.reshape(2, 2, 2, 2).swapaxes(1, 2).reshape(4, 4) > 0).astype(int).tolist() == [
             [0, 0, 0, 0], [0, 0, 1, 1], [0, 0, 0, 0], [0, 0, 0, 0],
         ]  # fmt: skip
+
+    def test_patches_spell_a_line_once(self):
+        """Read from patch to patch, `glyph` is the line, whatever the slices; narrow letters have no cell of their own."""
+        text = "will fit ill-lit"
+        image = blank(32, 96)
+        scene = Scene(image, draw_line(ImageDraw.Draw(image), text, load_font(SANS, 14), 8, 3, (0, 0, 0)))
+        for boxes in ([(0, 0, 32, 96)], [(0, 0, 32, 41), (0, 41, 32, 96)]):
+            spelt = ""
+            for box in boxes:
+                labels = label_cells(scene, box, (2, round((box[3] - box[1]) / 16)))["glyph"]
+                rows = labels.reshape(2, -1)
+                assert sum(row.any() for row in rows) == 1
+                spelt += "".join(CHARACTERS[label - 1] for label in rows.sum(0) if label)
+            assert spelt == text.replace(" ", "")
+
+    def test_fifth_character_of_a_patch_is_left_out(self):
+        scene = Scene(
+            blank(16, 16), [Glyph(c, (2.0, 3.0 * i, 14.0, 3.0 * i + 3)) for i, c in enumerate("abcde")]
+        )
+        [labels] = label_cells(scene, (0, 0, 16, 16), (1, 1))["glyph"]
+        assert "".join(CHARACTERS[label - 1] for label in labels) == "abcd"
 
     def test_slices_share_out_the_picture(self):
         """Labels of the quarters of a picture, put together, are those of the whole."""

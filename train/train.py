@@ -36,6 +36,10 @@ def train(
     deepspeed: Annotated[
         Path | None, typer.Option(help="DeepSpeed config, e.g. train/deepspeed/zero2.json; needs a launcher.")
     ] = None,
+    adamw: Annotated[
+        bool,
+        typer.Option("--adamw", help="AdamW for all parameters, also for those the recipe gives to Muon."),
+    ] = False,
     restart: Annotated[
         bool, typer.Option("--restart", help="Delete what these stages left in the folder of the run.")
     ] = False,
@@ -49,7 +53,7 @@ def train(
         if list_recipes:
             print_recipes()
         else:
-            run(recipe, output_dir, stage, max_steps, setting or [], deepspeed, restart)
+            run(recipe, output_dir, stage, max_steps, setting or [], deepspeed, adamw, restart)
     except VlmSliceError as error:
         typer.echo(f"error: {error}", err=True)
         raise typer.Exit(2) from error
@@ -75,6 +79,7 @@ def run(
     max_steps: int | None,
     settings: list[str],
     deepspeed: Path | None,
+    adamw: bool,
     restart: bool,
 ) -> None:
     """Runs the stages of a recipe, or only the stage named `only`."""
@@ -105,7 +110,8 @@ def run(
     previous = None
     for stage in stages:
         if only is None or stage.name == only:
-            stage = dataclasses.replace(stage, arguments=stage.arguments | overrides)
+            muon = () if adamw else stage.muon
+            stage = dataclasses.replace(stage, arguments=stage.arguments | overrides, muon=muon)
             previous = run_stage(stage, folder, previous, resume=not restart)
         else:
             previous = folder / stage.name / "final"

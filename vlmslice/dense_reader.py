@@ -14,8 +14,8 @@ from vlmslice.process_group import average_over_processes
 from vlmslice.vision_encoder import VlmSliceVisionConfig, VlmSliceVisionEncoder
 
 # Most cells show nothing; what is there weighs more than where nothing is.
-_EMPTY_WEIGHTS = {"character": 0.15, "kind": 0.15, "color": 0.15, "center": 0.05}
-_LOSS_WEIGHTS = {"character": 1.0, "kind": 0.3, "color": 0.3, "center": 1.0}
+_EMPTY_WEIGHTS = {"character": 0.15, "kind": 0.15, "color": 0.15, "center": 0.05, "glyph": 0.1}
+_LOSS_WEIGHTS = {"character": 1.0, "kind": 0.3, "color": 0.3, "center": 1.0, "glyph": 1.0}
 
 
 class DenseHead(nn.Module):

@@ -35,6 +35,7 @@ from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from vlmslice.data.collator import IGNORED
 from vlmslice.errors import VlmSliceError
+from vlmslice.optimizer import MuonAdamW, find_matrices
 
 if not torch.accelerator.is_available():
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
@@ -60,6 +61,8 @@ class Stage:
         arguments: of `TrainingArguments`. `per_device_train_batch_size` times `gradient_accumulation_steps` is the
             batch of one optimizer step in all: several processes share it; see `share_batch`.
         learning_rates: parameter-name prefix -> factor on the learning rate.
+        muon: beginnings of the names of the layers whose matrices Muon trains; the rest, or all by default, is left to
+            AdamW. See `optimizer`.
         save: writes the trained model to a folder in the form that others load.
     """
 
@@ -70,6 +73,7 @@ class Stage:
     arguments: dict[str, Any]
     save: Callable[[nn.Module, Path], None]
     learning_rates: dict[str, float] = field(default_factory=dict)
+    muon: tuple[str, ...] = ()
 
     @property
     def step_batch_size(self) -> int:
@@ -106,9 +110,16 @@ class StageTrainer(Trainer):
     It also averages the figures in a model output's `metrics` and logs them, and samples per second, with the loss.
     """
 
-    def __init__(self, *args, learning_rates: dict[str, float] | None = None, **kwargs):
+    def __init__(
+        self,
+        *args,
+        learning_rates: dict[str, float] | None = None,
+        muon: tuple[str, ...] = (),
+        **kwargs,
+    ):
         super().__init__(*args, **kwargs)
         self._learning_rates = learning_rates or {}
+        self._muon = muon
         self._sums: dict[str, float] = {}
         self._counts: dict[str, int] = {}
         self._last_log: tuple[float, int] | None = None
@@ -158,27 +169,43 @@ class StageTrainer(Trainer):
         super().log(logs, *args, **kwargs)
 
     def create_optimizer(self, *args, **kwargs):
-        """AdamW as the Trainer makes it, its groups split by `learning_rates`."""
+        """AdamW as the Trainer makes it, its groups split by `learning_rates`, the matrices of `muon` given to Muon."""
         # Under DeepSpeed the Trainer asks twice; the second time the factors are in already.
         is_new = self.optimizer is None
         optimizer = super().create_optimizer(*args, **kwargs)
-        if not self._learning_rates or not is_new:
+        if not (self._learning_rates or self._muon) or not is_new:
             return optimizer
         assert self.model is not None
         names = {id(p): n for n, p in self.model.named_parameters()}
+        matrices = {id(p) for p in find_matrices(self.model, self._muon)} if self._muon else set()
         groups = []
         for group in optimizer.param_groups:
-            by_factor: dict[float, list] = {}
+            parts: dict[tuple[float, bool], list] = {}
             for parameter in group["params"]:
                 name = names[id(parameter)]
                 factor = next(
                     (f for prefix, f in self._learning_rates.items() if name.startswith(prefix)), 1.0
                 )
-                by_factor.setdefault(factor, []).append(parameter)
+                parts.setdefault((factor, id(parameter) in matrices), []).append(parameter)
             rest = {k: v for k, v in group.items() if k != "params"}
             # The Trainer logs the first group's rate: let it be the undiminished one.
-            ordered = sorted(by_factor.items(), key=lambda item: item[0] != 1.0)
-            groups += [rest | {"params": ps, "lr": rest["lr"] * f} for f, ps in ordered]
+            ordered = sorted(parts.items(), key=lambda item: item[0][0] != 1.0)
+            groups += [
+                rest
+                | {"params": ps, "lr": rest["lr"] * factor}
+                | ({"is_matrix": is_matrix} if self._muon else {})
+                for (factor, is_matrix), ps in ordered
+            ]
+        if self._muon:
+            kept = ("params", "lr", "weight_decay", "is_matrix")
+            self.optimizer = MuonAdamW(
+                [{key: group[key] for key in kept} for group in groups],
+                lr=self.args.learning_rate,
+                weight_decay=self.args.weight_decay,
+                betas=(self.args.adam_beta1, self.args.adam_beta2),
+                eps=self.args.adam_epsilon,
+            )
+            return self.optimizer
         optimizer.param_groups.clear()
         for group in groups:
             optimizer.add_param_group(group)
@@ -353,6 +380,11 @@ def run_stage(stage: Stage, run_dir: Path, previous: Path | None, resume: bool =
     unset_hf_deepspeed_config()
     set_seed(seed)
     model = stage.model(previous)
+    if stage.muon and stage.arguments.get("deepspeed"):
+        raise TrainingError(
+            f"stage {stage.name!r} gives matrices to Muon, which DeepSpeed would cut up; train it without --deepspeed, "
+            "or with --adamw"
+        )
     arguments = _training_arguments(stage, folder, num_processes)
     trainer = StageTrainer(
         model=model,
@@ -360,6 +392,7 @@ def run_stage(stage: Stage, run_dir: Path, previous: Path | None, resume: bool =
         train_dataset=_whole_steps(stage),
         data_collator=stage.collator,
         learning_rates=stage.learning_rates,
+        muon=stage.muon,
     )
     if not arguments.disable_tqdm:
         trainer.remove_callback(ProgressCallback)

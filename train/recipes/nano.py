@@ -29,6 +29,13 @@ SLICING = SlicingConfig(overview_resolution=160)
 
 GUIDE_LOSS_WEIGHT = 0.2
 
+MATRICES = (
+    "vision_encoder.vit.blocks.",
+    "vision_encoder.stem.",
+    "connector.",
+    "language_model.model.layers.",
+)
+
 VISION = {
     "hidden_size": 256,
     "stem": "overlap",
@@ -197,6 +204,7 @@ def nano(connector: str = "spatial_resampler", slicing: SlicingConfig = SLICING)
             "max_steps": 8_000,
         },
         save=save_dense_reader,
+        muon=("encoder.vit.blocks.", "encoder.stem."),
     )
     read = Stage(
         name="read",
@@ -212,6 +220,7 @@ def nano(connector: str = "spatial_resampler", slicing: SlicingConfig = SLICING)
         },
         save=_save_reader,
         learning_rates={"vision_encoder.": 0.5},
+        muon=MATRICES,
     )
     # Large pictures cost a hundred times what small ones do. The eye has learned by now: its backward pass is saved.
     wide = Stage(
@@ -231,5 +240,6 @@ def nano(connector: str = "spatial_resampler", slicing: SlicingConfig = SLICING)
             "save_steps": 100,
         },
         save=partial(_save_reader, dtype=torch.bfloat16),
+        muon=MATRICES,
     )
     return [eye, read, wide]

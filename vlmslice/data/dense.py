@@ -2,7 +2,8 @@
 
 A small ViT taught with one label per cell reads within minutes, where the language loss alone shows nothing after
 tens of thousands of pictures. The labels of a cell say what covers its centre: the character, the kind and the colour
-of the shape, and whether a shape's own centre lies in the cell.
+of the shape, and whether a shape's own centre lies in the cell. One label more spells: `glyph` lists the characters
+whose centres lie in a patch, in reading order, so that every character of a line is found in one patch and only there.
 """
 
 from __future__ import annotations
@@ -40,6 +41,8 @@ HEADS = {
     "kind": 1 + len(KINDS),
     "color": 1 + len(COLORS),
     "center": 2,
+    "glyph": 1
+    + len(CHARACTERS),  # not of the cell: of the k-th character of the patch, for k in place of the cell
 }
 """Name and number of classes of each label of a cell."""
 
@@ -70,12 +73,13 @@ def label_cells(
         patch_grid: patches (height, width) that the box is resized to.
 
     Returns:
-        For each name in `HEADS` an `int64[patches, CELLS_PER_SIDE**2]`, patches and cells row-major.
+        For each name in `HEADS` an `int64[patches, CELLS_PER_SIDE**2]`, patches and cells row-major. A patch that
+        holds the centres of more characters than it has cells names the first of them in `glyph`.
     """
     rows, cols = patch_grid[0] * CELLS_PER_SIDE, patch_grid[1] * CELLS_PER_SIDE
     top, left, bottom, right = box
     cell_h, cell_w = (bottom - top) / rows, (right - left) / cols
-    planes = {name: np.zeros((rows, cols), dtype=np.int64) for name in HEADS}
+    planes = {name: np.zeros((rows, cols), dtype=np.int64) for name in HEADS if name != "glyph"}
     for shape in scene.shapes:
         window = (
             _cell_range(shape.box[0] - top, shape.box[2] - top, cell_h, rows),
@@ -95,10 +99,28 @@ def label_cells(
         )
         planes["character"][window] = _character_label(glyph.character)
     c = CELLS_PER_SIDE
-    return {
+    labels = {
         name: plane.reshape(patch_grid[0], c, patch_grid[1], c).swapaxes(1, 2).reshape(-1, c * c)
         for name, plane in planes.items()
     }
+    return labels | {"glyph": _spell_patches(scene, box, patch_grid)}
+
+
+def _spell_patches(scene: Scene, box: tuple[int, int, int, int], patch_grid: tuple[int, int]) -> np.ndarray:
+    """Labels of the first characters whose centres lie in each patch: `int64[patches, CELLS_PER_SIDE**2]`."""
+    top, left, bottom, right = box
+    spelt: list[list[int]] = [[] for _ in range(patch_grid[0] * patch_grid[1])]
+    for glyph in scene.glyphs:
+        y, x = (glyph.box[0] + glyph.box[2]) / 2, (glyph.box[1] + glyph.box[3]) / 2
+        if top <= y < bottom and left <= x < right:
+            row = int((y - top) / (bottom - top) * patch_grid[0])
+            col = int((x - left) / (right - left) * patch_grid[1])
+            spelt[row * patch_grid[1] + col].append(_character_label(glyph.character))
+    labels = np.zeros((len(spelt), CELLS_PER_SIDE**2), dtype=np.int64)
+    for patch, characters in enumerate(spelt):
+        characters = characters[: labels.shape[1]]
+        labels[patch, : len(characters)] = characters
+    return labels
 
 
 def text_crop(

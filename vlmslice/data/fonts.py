@@ -36,7 +36,7 @@ HELD_OUT_FAMILIES = frozenset(
 _UNSUITABLE_FAMILIES = frozenset(
     {
         "Alfa-beta", "API  PHONÉTIQUE", "BABEL Unicode", "cmb10", "cmex10", "cmmi10", "cmr10", "cmss10", "cmsy10",
-        "cmti10", "D050000L", "Ellhnikh", "IPA  PHONETICS", "Jara", "Junkyard", "Kristi",
+        "cmti10", "D050000L", "Ellhnikh", "Humor Sans", "IPA  PHONETICS", "Jara", "Junkyard", "Kristi",
         "Last Resort High-Efficiency", "Latin Modern Math", "Latin Modern Mono Caps", "Latin Modern Roman Caps",
         "Linux Biolinum Keyboard O", "Mekanus ADF Titling Std", "Noto Sans Math", "Penguin Attack",
         "Standard Symbols PS", "STIXSizeOneSym", "Symbola", "TeX Gyre Chorus",

@@ -7,7 +7,7 @@ import random
 from vlmslice.data.fonts import FontLibrary, load_font, spell
 from vlmslice.data.photo_effects import photograph
 from vlmslice.data.phrases import Phrases
-from vlmslice.data.samples import TaskConfig, TaskSample, font_size
+from vlmslice.data.samples import TaskConfig, TaskSample, find_places, font_size
 from vlmslice.data.scenes import Scene, approximate_length, ink_and_paper, paper_image
 from vlmslice.data.typesetting import Pen, cut, fill_lines, line_height
 
@@ -82,7 +82,10 @@ def read_paragraph(
 ) -> TaskSample:
     """Several lines of running text; the answer is the lines, joined by line breaks."""
     scene, lines = _draw_paragraph(rng, config, fonts, height, width)
-    return TaskSample("paragraph", scene, rng.choice(PARAGRAPH_QUESTIONS), "\n".join(lines))
+    answer = "\n".join(lines)
+    return TaskSample(
+        "paragraph", scene, rng.choice(PARAGRAPH_QUESTIONS), answer, find_places(answer, scene.glyphs)
+    )
 
 
 def find_line(

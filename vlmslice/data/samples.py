@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
 from vlmslice.data.fonts import FontLibrary
-from vlmslice.data.scenes import Scene
+from vlmslice.data.scenes import Glyph, Scene
+
+Place = tuple[float, float]
+"""A point (y, x) of a picture, in pixels."""
 
 
 @dataclass(frozen=True)
@@ -60,7 +63,7 @@ class TaskSample:
     scene: Scene
     question: str
     answer: str
-    places: list[list[tuple[float, float]]] = field(default_factory=list)
+    places: list[list[Place]] = field(default_factory=list)
     is_count: bool = False
 
     @property
@@ -88,3 +91,17 @@ def font_size(rng: random.Random, config: TaskConfig, largest: float) -> int:
     """A font size within `config.font_px` and `largest`, even in the logarithm; 8 px at least."""
     low, high = (max(8.0, min(size, largest)) for size in config.font_px)
     return round(math.exp(rng.uniform(math.log(low), math.log(high))))
+
+
+def find_places(answer: str, glyphs: Iterable[Glyph]) -> list[list[Place]]:
+    """`TaskSample.places` of an answer that reads out `glyphs` in their order: the centre of each visible character.
+
+    Raises:
+        ValueError: there are more or fewer glyphs than visible characters.
+    """
+    centers = [((g.box[0] + g.box[2]) / 2, (g.box[1] + g.box[3]) / 2) for g in glyphs]
+    visible = [not character.isspace() for character in answer]
+    if len(centers) != sum(visible):
+        raise ValueError(f"{len(centers)} glyphs for the {sum(visible)} visible characters of {answer!r}")
+    remaining = iter(centers)
+    return [[next(remaining)] if is_visible else [] for is_visible in visible]

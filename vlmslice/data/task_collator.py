@@ -23,7 +23,7 @@ class TaskCollator:
     - `label_NAME`: `int64[V, T, cells]` for every name in `HEADS`, following the very plan by which the image
       processor cuts the picture; left out with `dense=False`
     - `guide_entries`, `guide_shares`: see `attention_guide.guide_loss`. The place of a character is the visual token
-      of the slice that covers it. Needs a tokenizer with one id per character of the answers.
+      of the slice that covers it. Needs a tokenizer with one id per UTF-8 byte of the answers.
     """
 
     def __init__(self, processor: VlmSliceProcessor, dense: bool = True):
@@ -71,12 +71,17 @@ class TaskCollator:
             placeholders = _positions(input_ids[row] == self._image_id)
             [image_start] = _positions(input_ids[row] == self._image_start_id)
             answer = _positions(labels[row] != IGNORED)
-            if len(answer) != len(sample.answer) + 1:
+            places_of_bytes = [
+                places
+                for character, places in zip(sample.answer, sample.places, strict=True)
+                for _ in character.encode()
+            ]
+            if len(answer) != len(places_of_bytes) + 1:
                 raise ValueError(
-                    f"the answer {sample.answer!r} has {len(answer)} ids, expected one per character and the end; "
+                    f"the answer {sample.answer!r} has {len(answer)} ids, expected one per byte and the end; "
                     "leave `places` out of samples for this tokenizer"
                 )
-            for position, places in zip(answer, sample.places, strict=False):
+            for position, places in zip(answer, places_of_bytes, strict=False):
                 keys = [placeholders[self._find_visual_token(plan, y, x)] for y, x in places]
                 if keys and sample.is_count:
                     keys.append(image_start)

@@ -20,7 +20,7 @@ from vlmslice.data.fonts import FontLibrary, load_font
 from vlmslice.data.paragraphs import find_line, read_page, read_paragraph, read_place
 from vlmslice.data.plots import read_plot
 from vlmslice.data.receipts import read_receipt
-from vlmslice.data.samples import Task, TaskConfig, TaskSample, reshape
+from vlmslice.data.samples import Task, TaskConfig, TaskSample, find_places, reshape
 from vlmslice.data.scenes import (
     Scene,
     add_camera_effects,
@@ -95,9 +95,7 @@ def read_line(
     left = rng.uniform(0, max(0, width - line_width))
     glyphs = draw_line(ImageDraw.Draw(image), text, font, top, left, ink)
     scene = Scene(add_camera_effects(rng, image), glyphs)
-    centers = iter(((g.box[0] + g.box[2]) / 2, (g.box[1] + g.box[3]) / 2) for g in glyphs)
-    places = [[] if character.isspace() else [next(centers)] for character in text]
-    return TaskSample("read", scene, rng.choice(READ_QUESTIONS), text, places)
+    return TaskSample("read", scene, rng.choice(READ_QUESTIONS), text, find_places(text, glyphs))
 
 
 def count_shapes(
