@@ -302,7 +302,7 @@ class TestLabels:
         ]  # fmt: skip
 
     def test_patches_spell_a_line_once(self):
-        """Read from patch to patch, `glyph` is the line, whatever the slices; narrow letters have no cell of their own."""
+        """Read from patch to patch, `glyph` is the line, whatever the slices; narrow letters, too."""
         text = "will fit ill-lit"
         image = blank(32, 96)
         scene = Scene(image, draw_line(ImageDraw.Draw(image), text, load_font(SANS, 14), 8, 3, (0, 0, 0)))

@@ -1,4 +1,4 @@
-"""MuonAdamW: each part against torch's own optimizer, and a stage that goes on from a checkpoint as if never stopped."""
+"""MuonAdamW: each part against torch's own, and a stage that goes on from a checkpoint as if never stopped."""
 
 from functools import partial
 from pathlib import Path

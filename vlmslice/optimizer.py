@@ -33,17 +33,18 @@ class MuonAdamW(torch.optim.Optimizer):
         eps: float = 1e-8,
         momentum: float = 0.95,
     ):
-        rates = {"lr": lr, "weight_decay": weight_decay}
         matrices = [group for group in groups if group["is_matrix"]]
         others = [group for group in groups if not group["is_matrix"]]
         parts: list[torch.optim.Optimizer] = []
         if matrices:
             parts.append(
-                torch.optim.Muon(matrices, **rates, momentum=momentum, adjust_lr_fn="match_rms_adamw")
+                torch.optim.Muon(
+                    matrices, lr, weight_decay, momentum=momentum, adjust_lr_fn="match_rms_adamw"
+                )
             )
         if others:
-            parts.append(torch.optim.AdamW(others, **rates, betas=betas, eps=eps, fused=True))
-        super().__init__([*matrices, *others], rates)
+            parts.append(torch.optim.AdamW(others, lr, betas, eps, weight_decay, fused=True))
+        super().__init__([*matrices, *others], {"lr": lr, "weight_decay": weight_decay})
         self._parts = parts
         self._share()
 
@@ -61,7 +62,7 @@ class MuonAdamW(torch.optim.Optimizer):
         self._share()
 
     @torch.no_grad()
-    def step(self, closure=None):  # type: ignore[override]
+    def step(self, closure=None):
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -71,7 +72,7 @@ class MuonAdamW(torch.optim.Optimizer):
         return loss
 
 
-def find_matrices(model: nn.Module, prefixes: tuple[str, ...]) -> Iterator[nn.Parameter]:
+def find_matrices(model: nn.Module, prefixes: tuple[str, ...]) -> Iterator[torch.Tensor]:
     """Trainable weights of the `nn.Linear`s whose names begin with one of `prefixes`."""
     for name, module in model.named_modules():
         if isinstance(module, nn.Linear) and name.startswith(prefixes) and module.weight.requires_grad:
