@@ -12,7 +12,7 @@ from vlmslice.data.collator import IGNORED
 from vlmslice.data.fonts import FontLibrary, matplotlib_font_dir
 from vlmslice.data.task_collator import TaskCollator
 from vlmslice.data.tasks import Curriculum, TaskConfig, TaskDataset
-from vlmslice.spatial_schema import IMAGE_START
+from vlmslice.spatial_schema import POINT
 from vlmslice.tokenization import build_byte_tokenizer
 
 
@@ -104,18 +104,20 @@ class TestPlaces:
                 assert view is not plan.overview
                 assert -1e-6 <= y - top <= height + 1e-6 and -1e-6 <= x - left <= width + 1e-6
 
-    def test_count_looks_at_every_object_and_the_start(self):
+    def test_count_points_at_one_object_after_the_other(self):
         collator = build_collator()
-        start = collator.processor.tokenizer.convert_tokens_to_ids(IMAGE_START)
+        tokenizer = collator.processor.tokenizer
+        point = tokenizer.convert_tokens_to_ids(POINT)
         for sample in draw("count", 12, max_count=6):
             batch = collator([sample])
             ids, count = batch["input_ids"][0], int(sample.answer)
-            by_key = dict(
-                zip(batch["guide_entries"][:, 2].tolist(), batch["guide_shares"].tolist(), strict=True)
-            )
-            assert by_key.pop((ids == start).nonzero().item()) == pytest.approx(1 / (count + 1))
-            assert sum(round(share * (count + 1)) for share in by_key.values()) == count
-            assert all(ids[key] == collator.processor.image_token_id for key in by_key)
+            _, queries, keys = batch["guide_entries"].unbind(1)
+            assert ids[queries + 1].tolist() == [point] * count
+            assert keys.tolist() == sorted(keys.tolist())
+            assert (ids[keys] == collator.processor.image_token_id).all()
+            assert batch["guide_shares"].eq(1).all()
+            answer = ids[batch["labels"][0] != IGNORED]
+            assert tokenizer.decode(answer, skip_special_tokens=True) == sample.answer
 
     def test_charts_have_no_places(self):
         batch = build_collator()(draw("chart", 2))

@@ -5,9 +5,8 @@ tens of thousands of pictures on the plateau on which it writes likely words. A 
 head of some layers is taught to look there (Liu et al., 2016, "Neural Machine Translation with Supervised Attention",
 https://arxiv.org/abs/1609.04186): the divergence of its attention from the true places is added to the loss.
 
-For a count, the true places are the objects counted and, as one more, the start of the image. Attention that is even
-over them gives the start of the image a share of 1 / (count + 1), from which the count can be told; attention over the
-objects alone would average them, and 3 would look like 7.
+A count is not one place but many. The model is taught to point before it says a number (see `spatial_schema`): each
+point is shown the object that comes next.
 """
 
 from __future__ import annotations

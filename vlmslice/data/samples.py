@@ -56,7 +56,7 @@ class TaskSample:
     Attributes:
         places: for each character of the answer, the points (y, x) of the picture that it rests on; empty where no
             place is known.
-        is_count: whether the answer is the number of its places.
+        points: centres of the objects that are counted; the answer points at each of them first.
     """
 
     task: str
@@ -64,13 +64,14 @@ class TaskSample:
     question: str
     answer: str
     places: list[list[Place]] = field(default_factory=list)
-    is_count: bool = False
+    points: list[Place] = field(default_factory=list)
 
     @property
     def messages(self) -> list[dict]:
         """The sample as a conversation with one image."""
-        content = [{"type": "image"}, {"type": "text", "text": self.question}]
-        return [{"role": "user", "content": content}, {"role": "assistant", "content": self.answer}]
+        question = [{"type": "image"}, {"type": "text", "text": self.question}]
+        answer = [{"type": "points", "number": len(self.points)}, {"type": "text", "text": self.answer}]
+        return [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
 
 
 Task = Callable[[random.Random, TaskConfig, FontLibrary, int, int], TaskSample]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
+from itertools import zip_longest
 
 import torch
 from transformers import BatchFeature
@@ -14,7 +15,7 @@ from vlmslice.data.dense import CELLS_PER_SIDE, HEADS, label_cells
 from vlmslice.data.tasks import TaskSample
 from vlmslice.processing import VlmSliceProcessor
 from vlmslice.slicing import SlicePlan, View
-from vlmslice.spatial_schema import IMAGE_START, IMAGE_TOKEN
+from vlmslice.spatial_schema import IMAGE_TOKEN
 
 
 class TaskCollator:
@@ -22,17 +23,15 @@ class TaskCollator:
 
     - `label_NAME`: `int64[V, T, cells]` for every name in `HEADS`, following the very plan by which the image
       processor cuts the picture; left out with `dense=False`
-    - `guide_entries`, `guide_shares`: see `attention_guide.guide_loss`. The place of a character is the visual token
-      of the slice that covers it. Needs a tokenizer with one id per UTF-8 byte of the answers.
+    - `guide_entries`, `guide_shares`: see `attention_guide.guide_loss`. The place of a character or of an object that
+      is pointed at is the visual token of the slice that covers its centre. Needs a tokenizer with one id per UTF-8 byte of the answers.
     """
 
     def __init__(self, processor: VlmSliceProcessor, dense: bool = True):
         self.processor = processor
         self.dense = dense
         self._conversations = VlmSliceCollator(processor)
-        self._image_id, self._image_start_id = processor.tokenizer.convert_tokens_to_ids(
-            [IMAGE_TOKEN, IMAGE_START]
-        )
+        self._image_id = processor.tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)
 
     def __call__(self, samples: Sequence[TaskSample]) -> BatchFeature:
         batch = self._conversations([{"messages": s.messages, "images": [s.scene.image]} for s in samples])
@@ -66,28 +65,24 @@ class TaskCollator:
     ) -> dict[str, torch.Tensor]:
         entries, shares = [], []
         for row, (sample, plan) in enumerate(zip(samples, plans, strict=True)):
-            if not any(sample.places):
+            if not sample.points and not any(sample.places):
                 continue
-            placeholders = _positions(input_ids[row] == self._image_id)
-            [image_start] = _positions(input_ids[row] == self._image_start_id)
+            points = sorted(self._find_visual_token(plan, y, x) for y, x in sample.points)
+            shown: list[list[int]] = [[token] for token in points]
+            for character, places in zip_longest(sample.answer, sample.places, fillvalue=[]):
+                tokens = [self._find_visual_token(plan, y, x) for y, x in places]
+                shown += [tokens] * len(character.encode())
             answer = _positions(labels[row] != IGNORED)
-            places_of_bytes = [
-                places
-                for character, places in zip(sample.answer, sample.places, strict=True)
-                for _ in character.encode()
-            ]
-            if len(answer) != len(places_of_bytes) + 1:
+            if len(answer) != len(shown) + 1:
                 raise ValueError(
-                    f"the answer {sample.answer!r} has {len(answer)} ids, expected one per byte and the end; "
-                    "leave `places` out of samples for this tokenizer"
+                    f"the answer {sample.answer!r} has {len(answer)} ids, expected one per point, one per byte and the "
+                    "end; leave `places` out of samples for this tokenizer"
                 )
-            for position, places in zip(answer, places_of_bytes, strict=False):
-                keys = [placeholders[self._find_visual_token(plan, y, x)] for y, x in places]
-                if keys and sample.is_count:
-                    keys.append(image_start)
-                for key, number in Counter(keys).items():
-                    entries.append([row, position - 1, key])
-                    shares.append(number / len(keys))
+            placeholders = _positions(input_ids[row] == self._image_id)
+            for position, tokens in zip(answer, shown, strict=False):
+                for token, number in Counter(tokens).items():
+                    entries.append([row, position - 1, placeholders[token]])
+                    shares.append(number / len(tokens))
         return {
             "guide_entries": torch.tensor(entries, dtype=torch.int64).reshape(-1, 3),
             "guide_shares": torch.tensor(shares, dtype=torch.float32),

@@ -144,7 +144,7 @@ def count_shapes(
     answer = str(len(centers))
     scene = Scene(add_camera_effects(rng, image), shapes=placed)
     question = rng.choice(COUNT_QUESTIONS).format(things=things)
-    return TaskSample("count", scene, question, answer, [centers] * len(answer), is_count=True)
+    return TaskSample("count", scene, question, answer, points=centers)
 
 
 def plural(kind: str) -> str:
