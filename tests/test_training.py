@@ -211,7 +211,10 @@ def test_help_and_list(app) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ([], "--recipe is missing; expected one of nano, nano_pixel_unshuffle, nano_resampler, tiny"),
+        ([], "--recipe is missing; expected one of align, nano, nano_pixel_unshuffle, nano_resampler, tiny"),
+        (["--recipe", "align"], "starts from a saved model; add --model FOLDER"),
+        (["--recipe", "tiny", "--model", "x"], "takes no --model; got 'x'"),
+        (["--recipe", "align", "--model", "/nowhere"], "it has no config.json"),
         (["--recipe", "tniy"], "unknown recipe 'tniy'; did you mean 'tiny'?"),
         (
             ["--recipe", "tiny", "--stage", "answr"],
@@ -288,6 +291,23 @@ def test_finished_stage_is_not_run_again(app, reference: Path) -> None:
     assert (reference / "answer" / "final").stat().st_mtime_ns == before
 
 
+def test_align_trains_a_saved_model(app, reference: Path, tmp_path: Path) -> None:
+    model = reference / "answer" / "final"
+    code, text = app(
+        "--recipe", "align", "--model", str(model), "--output-dir", str(tmp_path), "--max-steps", "4",
+        "--set", "logging_steps=1", "--set", "warmup_steps=1",
+    )  # fmt: skip
+    assert code == 0, text
+    losses = logged_losses(tmp_path / "align")
+    assert len(losses) == 4 and losses[-1] < losses[0]
+    before, after = (load_file(path / "model.safetensors") for path in (model, tmp_path / "align" / "final"))
+    frozen = [name for name in before if name.startswith("vision_encoder.")]
+    assert frozen and all(torch.equal(before[name], after[name]) for name in frozen)
+    assert not torch.equal(
+        before["connector.head.projection.weight"], after["connector.head.projection.weight"]
+    )
+
+
 def test_logs_go_to_tensorboard(reference: Path) -> None:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -326,15 +346,14 @@ def test_labels_of_the_tiny_recipe_cover_answers_only() -> None:
         assert tokenizer.decode(labels[learnt]) == sample.answer + "<|end|>"
 
 
-def test_every_recipe_describes_its_stages() -> None:
-    from recipes import find_recipe, recipe_names
+def test_every_recipe_describes_its_stages(reference: Path) -> None:
+    from recipes import build_stages, find_recipe, recipe_names
 
     known = {f.name for f in fields(TrainingArguments)}
     assert {"nano", "tiny"} <= set(recipe_names())
     for name in recipe_names():
-        recipe = find_recipe(name)
-        assert f"--recipe {name}" in recipe.__doc__
-        stages = recipe()
+        assert f"--recipe {name}" in find_recipe(name).__doc__
+        stages = build_stages(name, reference / "answer" / "final" if name == "align" else None)
         assert len({stage.name for stage in stages}) == len(stages) > 0
         for stage in stages:
             assert stage.arguments.keys() <= known

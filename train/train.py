@@ -20,6 +20,9 @@ app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 @app.command()
 def train(
     recipe: Annotated[str | None, typer.Option(help="Name of the recipe; see --list.")] = None,
+    model: Annotated[
+        Path | None, typer.Option(help="Folder of a saved model, for a recipe that starts from one.")
+    ] = None,
     output_dir: Annotated[
         Path | None, typer.Option(help="Folder of the run; runs/RECIPE by default.")
     ] = None,
@@ -53,18 +56,21 @@ def train(
         if list_recipes:
             print_recipes()
         else:
-            run(recipe, output_dir, stage, max_steps, setting or [], deepspeed, adamw, restart)
+            run(recipe, model, output_dir, stage, max_steps, setting or [], deepspeed, adamw, restart)
     except VlmSliceError as error:
         typer.echo(f"error: {error}", err=True)
         raise typer.Exit(2) from error
 
 
 def print_recipes() -> None:
-    from recipes import find_recipe, recipe_names
+    from recipes import find_recipe, recipe_names, starts_from_model
 
     for name in recipe_names():
         function = find_recipe(name)
         typer.echo(f"{name}: {(function.__doc__ or '').splitlines()[0]}")
+        if starts_from_model(function):
+            typer.echo("  its stages depend on --model")
+            continue
         for stage in function():
             typer.echo(
                 f"  {stage.name}: {stage.arguments['max_steps']} steps of {stage.step_batch_size} samples, "
@@ -74,6 +80,7 @@ def print_recipes() -> None:
 
 def run(
     recipe: str | None,
+    model: Path | None,
     output_dir: Path | None,
     only: str | None,
     max_steps: int | None,
@@ -83,7 +90,7 @@ def run(
     restart: bool,
 ) -> None:
     """Runs the stages of a recipe, or only the stage named `only`."""
-    from recipes import RecipeError, check_name, find_recipe, recipe_names
+    from recipes import RecipeError, build_stages, check_name, recipe_names
     from transformers.utils.logging import disable_progress_bar
 
     from vlmslice.training import run_stage
@@ -103,7 +110,7 @@ def run(
         if not deepspeed.is_file():
             raise RecipeError(f"DeepSpeed config {deepspeed} is not a file; see train/deepspeed/")
         overrides["deepspeed"] = str(deepspeed)
-    stages = find_recipe(recipe)()
+    stages = build_stages(recipe, model)
     if only is not None:
         check_name(f"stage of recipe {recipe!r}", only, [s.name for s in stages])
     folder = output_dir or Path("runs") / recipe

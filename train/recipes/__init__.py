@@ -3,14 +3,16 @@
     def nano() -> list[Stage]: ...        # in nano.py
 
 Its docstring gives command, hardware, time and expected figures. Calling it builds datasets and settings, but no
-model: that happens when a stage is run.
+model: that happens when a stage is run. A recipe that starts from a saved model takes its folder: `align(model)`.
 """
 
 from __future__ import annotations
 
 import importlib
+import inspect
 import pkgutil
 from collections.abc import Callable
+from pathlib import Path
 
 from vlmslice.errors import VlmSliceError, suggestion
 from vlmslice.training import Stage
@@ -25,11 +27,32 @@ def recipe_names() -> list[str]:
     return sorted(module.name for module in pkgutil.iter_modules(__path__))
 
 
-def find_recipe(name: str) -> Callable[[], list[Stage]]:
+def find_recipe(name: str) -> Callable[..., list[Stage]]:
     """The function of the recipe `name`."""
     check_name("recipe", name, recipe_names())
     module = importlib.import_module(f"{__name__}.{name}")
     return getattr(module, name)
+
+
+def starts_from_model(recipe: Callable[..., list[Stage]]) -> bool:
+    """Whether a recipe takes the folder of a saved model."""
+    return "model" in inspect.signature(recipe).parameters
+
+
+def build_stages(name: str, model: Path | None) -> list[Stage]:
+    """Calls the recipe `name`, with the folder `model` if it takes one."""
+    recipe = find_recipe(name)
+    if not starts_from_model(recipe):
+        if model is not None:
+            raise RecipeError(f"recipe {name!r} starts from nothing and takes no --model; got {str(model)!r}")
+        return recipe()
+    if model is None:
+        raise RecipeError(
+            f"recipe {name!r} starts from a saved model; add --model FOLDER, see `vlmslice compose`"
+        )
+    if not (model / "config.json").is_file():
+        raise RecipeError(f"--model {str(model)!r} is no folder of a saved model: it has no config.json")
+    return recipe(model)
 
 
 def check_name(what: str, name: str, names: list[str]) -> None:

@@ -25,7 +25,9 @@ from vlmslice.tokenization import build_byte_tokenizer
 from vlmslice.training import Stage
 from vlmslice.vision_encoder import VlmSliceVisionConfig
 
-SLICING = SlicingConfig(overview_resolution=160)
+# A visual token as wide as this language model holds the two or three characters of a patch, not the eight of a block
+# of 2 x 2: see docs/experiments/connect.md.
+SLICING = SlicingConfig(overview_resolution=160, merge_size=1, max_visual_tokens=4096)
 
 GUIDE_LOSS_WEIGHT = 0.2
 

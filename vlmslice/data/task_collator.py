@@ -23,13 +23,15 @@ class TaskCollator:
 
     - `label_NAME`: `int64[V, T, cells]` for every name in `HEADS`, following the very plan by which the image
       processor cuts the picture; left out with `dense=False`
-    - `guide_entries`, `guide_shares`: see `attention_guide.guide_loss`. The place of a character or of an object that
-      is pointed at is the visual token of the slice that covers its centre. Needs a tokenizer with one id per UTF-8 byte of the answers.
+    - `guide_entries`, `guide_shares`: see `attention_guide.guide_loss`; left out with `guide=False`. The place of a
+      character, or of an object that is pointed at, is the visual token of the slice that covers its centre. Needs a
+      tokenizer with one id per UTF-8 byte of the answers.
     """
 
-    def __init__(self, processor: VlmSliceProcessor, dense: bool = True):
+    def __init__(self, processor: VlmSliceProcessor, dense: bool = True, guide: bool = True):
         self.processor = processor
         self.dense = dense
+        self.guide = guide
         self._conversations = VlmSliceCollator(processor)
         self._image_id = processor.tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)
 
@@ -40,7 +42,8 @@ class TaskCollator:
         ]
         if self.dense:
             batch.update(self._cell_labels(samples, plans, batch["pixel_values"].shape[:2]))
-        batch.update(self._guide(samples, plans, batch["input_ids"], batch["labels"]))
+        if self.guide:
+            batch.update(self._guide(samples, plans, batch["input_ids"], batch["labels"]))
         return batch
 
     @staticmethod
