@@ -190,31 +190,14 @@ CURRICULUM = [
 
 WIDE = [
     Curriculum(
-        28_000,
-        TaskConfig(
-            megapixels=(0.01, 0.08),
-            num_words=(1, 5),
-            max_characters=36,
-            font_px=(14, 60),
-            num_lines=(2, 4),
-            max_answer=90,
-            photo=0.1,
-        ),
-        {"read": 0.4, "paragraph": 0.25, "count": 0.35},
-    ),
-    Curriculum(
-        36_000,
-        TaskConfig(megapixels=(0.03, 0.3), num_lines=(2, 4), max_answer=120, photo=0.1),
-        {"read": 0.45, "paragraph": 0.15, "count": 0.35, "chart": 0.05},
-    ),
+        5_440,
+        TaskConfig(megapixels=(0.01, 0.3), max_characters=40, num_lines=(2, 4), max_answer=90, photo=0.1),
+        {"read": 0.45, "paragraph": 0.2, "count": 0.35},
+    )
 ]
 
 LARGE = [
-    Curriculum(
-        2_400,
-        TaskConfig(megapixels=(0.04, 2.0)),
-        {"read": 0.6, "count": 0.35, "chart": 0.05},
-    ),
+    Curriculum(1_440, TaskConfig(megapixels=(0.02, 1.2)), {"read": 0.6, "count": 0.36, "chart": 0.04}),
 ]
 
 
@@ -264,17 +247,18 @@ def nano(connector: str = "spatial_resampler", slicing: SlicingConfig = SLICING)
     wide = Stage(
         name="wide",
         model=_build_wide,
-        dataset=TaskDataset(WIDE, fonts, group=16, name="wide"),
+        dataset=TaskDataset(WIDE, fonts, group=8, name="wide"),
         collator=TaskCollator(build_processor(slicing), dense=False),
         arguments=_COMMON
         | {
-            "per_device_train_batch_size": 32,
+            "per_device_train_batch_size": 8,
+            "gradient_accumulation_steps": 4,
             "learning_rate": 1e-3,
             "lr_scheduler_type": "constant_with_warmup",
-            "warmup_steps": 50,
+            "warmup_steps": 5,
             "max_steps": WIDE[-1].until // 32,
-            "logging_steps": 50,
-            "save_steps": 100,
+            "logging_steps": 10,
+            "save_steps": 20,
         },
         save=_save_reader,
         muon=MATRICES,
@@ -287,12 +271,12 @@ def nano(connector: str = "spatial_resampler", slicing: SlicingConfig = SLICING)
         arguments=_COMMON
         | {
             "per_device_train_batch_size": 4,
-            "gradient_accumulation_steps": 2,
+            "gradient_accumulation_steps": 4,
             "learning_rate": 1e-3,
             "lr_scheduler_type": "linear",
-            "max_steps": LARGE[-1].until // 8,
+            "max_steps": LARGE[-1].until // 16,
             "logging_steps": 10,
-            "save_steps": 25,
+            "save_steps": 10,
         },
         save=partial(_save_reader, dtype=torch.bfloat16),
         muon=MATRICES,
