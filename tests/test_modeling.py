@@ -23,7 +23,10 @@ from transformers import GPT2Config
 
 from vlmslice.data.dense import CELLS_PER_SIDE, HEADS
 from vlmslice.modeling import VlmSliceForConditionalGeneration, _is_overview
+from vlmslice.tokenization import build_byte_tokenizer
 from vlmslice.vision_encoder import VlmSliceVisionConfig
+
+VOCABULARY = len(build_byte_tokenizer())
 
 all_connectors = pytest.mark.parametrize("connector", CONNECTORS)
 
@@ -149,7 +152,7 @@ class TestAgreement:
     def test_language_model_with_absolute_positions(self):
         """GPT-2 learns a vector per position, so left padding moves nothing only if positions skip it."""
         text = GPT2Config(
-            n_embd=32, n_layer=2, n_head=2, n_positions=128, vocab_size=267, bos_token_id=None, eos_token_id=None,
+            n_embd=32, n_layer=2, n_head=2, n_positions=128, vocab_size=VOCABULARY, bos_token_id=None, eos_token_id=None,
             pad_token_id=256,
         )  # fmt: skip
         torch.manual_seed(0)
@@ -414,7 +417,7 @@ class TestLoading:
         inputs = shared_inputs()
         assert logits(model, inputs).shape[-1] == 300
         assert model(**inputs, labels=inputs["input_ids"]).loss.isfinite()
-        assert torch.equal(logits(model, inputs)[..., :267], logits(shared_model(), inputs))
+        assert torch.equal(logits(model, inputs)[..., :VOCABULARY], logits(shared_model(), inputs))
 
 
 def dense_labels(inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
