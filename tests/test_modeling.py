@@ -152,8 +152,8 @@ class TestAgreement:
     def test_language_model_with_absolute_positions(self):
         """GPT-2 learns a vector per position, so left padding moves nothing only if positions skip it."""
         text = GPT2Config(
-            n_embd=32, n_layer=2, n_head=2, n_positions=128, vocab_size=VOCABULARY, bos_token_id=None, eos_token_id=None,
-            pad_token_id=256,
+            n_embd=32, n_layer=2, n_head=2, n_positions=128, vocab_size=VOCABULARY, bos_token_id=None,
+            eos_token_id=None, pad_token_id=256,
         )  # fmt: skip
         torch.manual_seed(0)
         model = VlmSliceForConditionalGeneration(tiny_config(text_config=text)).eval()

@@ -36,7 +36,7 @@ def align(model: Path) -> list[Stage]:
 
     Command: `python train/train.py --recipe align --model FOLDER --output-dir runs/align`, on what `vlmslice compose`
     saved. Hardware: for a DINOv2 ViT-S/14 and SmolLM2-135M, two CPU cores and 8 GB; 20 steps take two minutes there.
-    Expected: 20 steps with `--set warmup_steps=4` bring the loss to 6.4; what a whole run reaches has not been measured.
+    Expected: 20 steps with `--set warmup_steps=4` bring the loss to 6.4; what a whole run reaches is not measured.
     """
     processor = VlmSliceProcessor.from_pretrained(model, local_files_only=True)
     steps = [Curriculum(64_000, TASK, {"read": 0.4, "paragraph": 0.3, "count": 0.3})]

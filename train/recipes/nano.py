@@ -190,14 +190,14 @@ CURRICULUM = [
 
 WIDE = [
     Curriculum(
-        5_440,
-        TaskConfig(megapixels=(0.01, 0.3), max_characters=40, num_lines=(2, 4), max_answer=90, photo=0.1),
+        8_192,
+        TaskConfig(megapixels=(0.01, 0.2), max_characters=40, num_lines=(2, 4), max_answer=90, photo=0.1),
         {"read": 0.45, "paragraph": 0.2, "count": 0.35},
     )
 ]
 
 LARGE = [
-    Curriculum(1_440, TaskConfig(megapixels=(0.02, 1.2)), {"read": 0.6, "count": 0.36, "chart": 0.04}),
+    Curriculum(1_440, TaskConfig(megapixels=(0.03, 1.2)), {"read": 0.6, "count": 0.36, "chart": 0.04}),
 ]
 
 
