@@ -12,7 +12,6 @@ from vlmslice.data.collator import IGNORED
 from vlmslice.data.fonts import FontLibrary, matplotlib_font_dir
 from vlmslice.data.task_collator import TaskCollator
 from vlmslice.data.tasks import Curriculum, TaskConfig, TaskDataset
-from vlmslice.spatial_schema import POINT
 from vlmslice.tokenization import build_byte_tokenizer
 
 
@@ -104,23 +103,9 @@ class TestPlaces:
                 assert view is not plan.overview
                 assert -1e-6 <= y - top <= height + 1e-6 and -1e-6 <= x - left <= width + 1e-6
 
-    def test_count_points_at_one_object_after_the_other(self):
-        collator = build_collator()
-        tokenizer = collator.processor.tokenizer
-        point = tokenizer.convert_tokens_to_ids(POINT)
-        for sample in draw("count", 12, max_count=6):
-            batch = collator([sample])
-            ids, count = batch["input_ids"][0], int(sample.answer)
-            _, queries, keys = batch["guide_entries"].unbind(1)
-            assert ids[queries + 1].tolist() == [point] * count
-            assert keys.tolist() == sorted(keys.tolist())
-            assert (ids[keys] == collator.processor.image_token_id).all()
-            assert batch["guide_shares"].eq(1).all()
-            answer = ids[batch["labels"][0] != IGNORED]
-            assert tokenizer.decode(answer, skip_special_tokens=True) == sample.answer
-
-    def test_charts_have_no_places(self):
-        batch = build_collator()(draw("chart", 2))
+    @pytest.mark.parametrize("task", ["chart", "count"])
+    def test_what_is_not_read_out_has_no_places(self, task):
+        batch = build_collator()(draw(task, 2))
         assert batch["guide_entries"].shape == (0, 3)
 
     def test_lines_of_accented_letters(self):

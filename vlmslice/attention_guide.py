@@ -4,9 +4,6 @@ From the language loss alone, a small model that must find the k-th character am
 tens of thousands of pictures on the plateau on which it writes likely words. A renderer knows the place. So the first
 head of some layers is taught to look there (Liu et al., 2016, "Neural Machine Translation with Supervised Attention",
 https://arxiv.org/abs/1609.04186): the divergence of its attention from the true places is added to the loss.
-
-A count is not one place but many. The model is taught to point before it says a number (see `spatial_schema`): each
-point is shown the object that comes next.
 """
 
 from __future__ import annotations

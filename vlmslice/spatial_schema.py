@@ -13,11 +13,6 @@ A (1, 1) grid has one view that covers the image, hence neither tag: `<|image_st
 is that of `SlicePlan.views`: overview first, then slices row by row, each row closed by `<|row|>`. So the k-th
 `<|image|>` of a prompt always belongs to the k-th visual token of its images, in training and in inference alike.
 
-An answer that counts first points: one `<|point|>` for each object, in the order of the visual tokens that hold their
-centres, and then the number: `<|point|><|point|>2`. Like all special tokens, points are left out
-of the decoded answer. (Counting by pointing: Deitke et al., 2024, "Molmo and PixMo", https://arxiv.org/abs/2409.17146;
-here a point is where the language model looks, not written coordinates.)
-
 A chat is a sequence of messages, `<|role|>content<|end|>`, and `<|assistant|>` asks for an answer. Nothing but
 special tokens separates messages, so the ids of a prompt are a strict prefix of the ids of prompt and answer.
 """
@@ -38,8 +33,6 @@ OVERVIEW_START = "<|overview|>"
 SLICE_START = "<|slice|>"
 ROW_END = "<|row|>"
 
-POINT = "<|point|>"
-
 USER = "<|user|>"
 ASSISTANT = "<|assistant|>"
 SYSTEM = "<|system|>"
@@ -58,7 +51,6 @@ SPECIAL_TOKENS = (
     OVERVIEW_START,
     SLICE_START,
     ROW_END,
-    POINT,
 )
 """Every token of the schema, in the order of their ids."""
 
@@ -78,8 +70,7 @@ CHAT_TEMPLATE = """\
             {%- if block['type'] == 'text' and block['text'] is string -%}
                 {{- block['text'] -}}
             {%- elif block['type'] == 'image' -%}<|image|>
-            {%- elif block['type'] == 'points' -%}{{- '<|point|>' * block['number'] -}}
-            {%- else -%}{{ raise_exception("bad content block of type '" ~ block['type'] ~ "'; expected text, image or points") }}
+            {%- else -%}{{ raise_exception("bad content block of type '" ~ block['type'] ~ "'; expected text or image") }}
             {%- endif -%}
         {%- endfor -%}
     {%- endif -%}

@@ -173,7 +173,7 @@ CURRICULUM = [
         {"read": 0.8, "count": 0.2},
     ),
     Curriculum(
-        64_000,
+        61_000,
         TaskConfig(
             megapixels=(0.008, 0.03),
             num_words=(1, 3),
@@ -190,14 +190,14 @@ CURRICULUM = [
 
 WIDE = [
     Curriculum(
-        8_192,
+        4_800,
         TaskConfig(megapixels=(0.01, 0.2), max_characters=40, num_lines=(2, 4), max_answer=90, photo=0.1),
-        {"read": 0.45, "paragraph": 0.2, "count": 0.35},
-    )
+        {"read": 0.5, "paragraph": 0.3, "count": 0.2},
+    ),
 ]
 
 LARGE = [
-    Curriculum(1_440, TaskConfig(megapixels=(0.03, 1.2)), {"read": 0.6, "count": 0.36, "chart": 0.04}),
+    Curriculum(1_440, TaskConfig(megapixels=(0.03, 1.2)), {"read": 0.75, "count": 0.25}),
 ]
 
 

@@ -56,7 +56,6 @@ class TaskSample:
     Attributes:
         places: for each character of the answer, the points (y, x) of the picture that it rests on; empty where no
             place is known.
-        points: centres of the objects that are counted; the answer points at each of them first.
     """
 
     task: str
@@ -64,14 +63,12 @@ class TaskSample:
     question: str
     answer: str
     places: list[list[Place]] = field(default_factory=list)
-    points: list[Place] = field(default_factory=list)
 
     @property
     def messages(self) -> list[dict]:
         """The sample as a conversation with one image."""
-        question = [{"type": "image"}, {"type": "text", "text": self.question}]
-        answer = [{"type": "points", "number": len(self.points)}, {"type": "text", "text": self.answer}]
-        return [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+        content = [{"type": "image"}, {"type": "text", "text": self.question}]
+        return [{"role": "user", "content": content}, {"role": "assistant", "content": self.answer}]
 
 
 Task = Callable[[random.Random, TaskConfig, FontLibrary, int, int], TaskSample]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from itertools import zip_longest
 
 import torch
 from transformers import BatchFeature
@@ -24,8 +23,8 @@ class TaskCollator:
     - `label_NAME`: `int64[V, T, cells]` for every name in `HEADS`, following the very plan by which the image
       processor cuts the picture; left out with `dense=False`
     - `guide_entries`, `guide_shares`: see `attention_guide.guide_loss`; left out with `guide=False`. The place of a
-      character, or of an object that is pointed at, is the visual token of the slice that covers its centre. Needs a
-      tokenizer with one id per UTF-8 byte of the answers.
+      character is the visual token of the slice that covers its centre. Needs a tokenizer with one id per UTF-8 byte
+      of the answers.
     """
 
     def __init__(self, processor: VlmSliceProcessor, dense: bool = True, guide: bool = True):
@@ -68,21 +67,22 @@ class TaskCollator:
     ) -> dict[str, torch.Tensor]:
         entries, shares = [], []
         for row, (sample, plan) in enumerate(zip(samples, plans, strict=True)):
-            if not sample.points and not any(sample.places):
+            if not any(sample.places):
                 continue
-            points = sorted(self._find_visual_token(plan, y, x) for y, x in sample.points)
-            shown: list[list[int]] = [[token] for token in points]
-            for character, places in zip_longest(sample.answer, sample.places, fillvalue=[]):
-                tokens = [self._find_visual_token(plan, y, x) for y, x in places]
-                shown += [tokens] * len(character.encode())
+            places_of_bytes = [
+                places
+                for character, places in zip(sample.answer, sample.places, strict=True)
+                for _ in character.encode()
+            ]
             answer = _positions(labels[row] != IGNORED)
-            if len(answer) != len(shown) + 1:
+            if len(answer) != len(places_of_bytes) + 1:
                 raise ValueError(
-                    f"the answer {sample.answer!r} has {len(answer)} ids, expected one per point, one per byte and the "
-                    "end; leave `places` out of samples for this tokenizer"
+                    f"the answer {sample.answer!r} has {len(answer)} ids, expected one per byte and the end; "
+                    "leave `places` out of samples for this tokenizer"
                 )
             placeholders = _positions(input_ids[row] == self._image_id)
-            for position, tokens in zip(answer, shown, strict=False):
+            for position, places in zip(answer, places_of_bytes, strict=False):
+                tokens = [self._find_visual_token(plan, y, x) for y, x in places]
                 for token, number in Counter(tokens).items():
                     entries.append([row, position - 1, placeholders[token]])
                     shares.append(number / len(tokens))

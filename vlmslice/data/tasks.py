@@ -140,11 +140,12 @@ def count_shapes(
         things = f"{asked_color} {plural(asked_kind)}"
     placed = scatter_shapes(rng, image, wanted, radii)
     # A shape that found no room is not there: the answer counts what was drawn.
-    centers = [s.center for s in placed if _matches(s.kind, s.color, form, asked_kind, asked_color, things)]
-    answer = str(len(centers))
+    answer = str(
+        sum(_matches(shape.kind, shape.color, form, asked_kind, asked_color, things) for shape in placed)
+    )
     scene = Scene(add_camera_effects(rng, image), shapes=placed)
     question = rng.choice(COUNT_QUESTIONS).format(things=things)
-    return TaskSample("count", scene, question, answer, points=centers)
+    return TaskSample("count", scene, question, answer)
 
 
 def plural(kind: str) -> str:
