@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 from tiny_models import noise_image
 
+from vlmslice.data.real_data import image_splits, split_of
 from vlmslice.data.tasks import READ_QUESTIONS, TASKS
 from vlmslice.data.text import words
 from vlmslice.metrics import TASK_METRICS, Truth
@@ -177,30 +178,36 @@ class TestRows:
             open_suite("dev", data_root=tmp_path)
 
 
+def image_on(side: str, name: str) -> str:
+    """A file name that `split_of` puts on a side."""
+    return next(f"{name}{i}.png" for i in range(100) if split_of(f"{name}{i}.png") == side)
+
+
 def test_dev(tmp_path: Path) -> None:
     """One row of each file, in the form of the real sets."""
+    receipt, cells, table, chart = (image_on("eval", name) for name in "rbtw")
     files: dict[str, list[dict]] = {
         "receipt_lines": [
-            {"image": "r.png", "bbox": [0, 0, 9, 9], "answer": "ACME", "case_insensitive": True},
-            {"image": "r.png", "bbox": [0, 9, 9, 18], "answer": "8.60", "case_insensitive": True},
+            {"image": receipt, "bbox": [0, 0, 9, 9], "answer": "ACME", "case_insensitive": True},
+            {"image": receipt, "bbox": [0, 9, 9, 18], "answer": "8.60", "case_insensitive": True},
         ],
-        "receipts": [{"image": "r.png", "task": "receipt-json", "answer": {"total": "8.60"}}],
+        "receipts": [{"image": receipt, "task": "receipt-json", "answer": {"total": "8.60"}}],
         "pages": [{"image": "p.png", "task": "ocr-page", "answer": "page"}],
         "forms": [
             {"image": "f.png", "words": [["TO:", [0, 0, 5, 5]], ["Bob", [6, 0, 9, 5]]], "entities": []}
         ],
         "chartqa": [{"image": "c.png", "task": "chart-qa", "question": "?", "answer": "1", "kind": "human"}],
         "counting": [
-            {"image": "b.png", "task": "count", "question": question, "answer": 3, "source": source}
+            {"image": cells, "task": "count", "question": question, "answer": 3, "source": source}
             for question, source in (
                 ("How many red blood cells are in the image?", "bccd"),
                 ("How many cups?", "coco"),
             )
         ],
-        "tables": [{"image": "t.png", "task": "table-html", "answer": TABLE, "rows": 1, "cols": 1}],
+        "tables": [{"image": table, "task": "table-html", "answer": TABLE, "rows": 1, "cols": 1}],
         "flowcharts": [
             {
-                "image": "w.png",
+                "image": chart,
                 "task": "flowchart-graph",
                 "nodes": [{"id": "a", "type": "task", "text": "x"}],
                 "edges": [{"src": "a", "dst": "a", "type": "sequenceFlow", "label": ""}],
@@ -230,3 +237,35 @@ def test_dev(tmp_path: Path) -> None:
         "charts/00000",
         "tables/00000",
     ]
+
+
+def test_dev_leaves_out_what_may_train(tmp_path: Path) -> None:
+    images = {side: image_on(side, "b") for side in ("train", "eval")}
+    question = "How many platelets are in the image?"
+    cells = [{"image": name, "task": "count", "question": question, "answer": 3} for name in images.values()]
+    files: dict[str, list[dict]] = {
+        "counting": [row | {"source": "bccd"} for row in cells],
+        "receipts": [
+            {"image": name, "task": "receipt-json", "answer": {"company": name, "total": "1"}}
+            for name in images.values()
+        ],
+        "receipt_lines": [
+            {"image": name, "bbox": [0, 0, 9, 9], "answer": name, "task": "ocr-line"}
+            for name in images.values()
+        ],
+        "tables": [{"image": name, "task": "table-html", "answer": TABLE} for name in images.values()],
+        "flowcharts": [
+            {"image": name, "task": "flowchart-graph", "answer": {"edges": [["a", "b"]]}}
+            for name in images.values()
+        ],
+        "pages": [{"image": "p.png", "task": "ocr-page", "answer": "page"}],
+        "forms": [{"image": "f.png", "words": [["TO:", [0, 0, 5, 5]]]}],
+        "chartqa": [{"image": "c.png", "task": "chart-qa", "question": "?", "answer": "1"}],
+    }
+    for name, rows in files.items():
+        write_rows(tmp_path, *rows, name=f"{name}.jsonl")
+    suite = open_suite("dev", data_root=tmp_path)
+    used = {sample.source for sample in samples(suite)}
+    assert used == {images["eval"], "p.png", "f.png", "c.png"}
+    trained = {image for image, side in image_splits(tmp_path).items() if side == "train"}
+    assert trained == {images["train"]}

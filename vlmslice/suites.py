@@ -24,6 +24,7 @@ from typing import Any, Protocol
 from PIL import Image
 
 from vlmslice.data.fonts import FontLibrary
+from vlmslice.data.real_data import image_splits
 from vlmslice.data.tasks import READ_QUESTIONS, Curriculum, TaskConfig, TaskDataset
 from vlmslice.errors import VlmSliceError, suggestion
 from vlmslice.image_loading import load_image
@@ -416,7 +417,10 @@ def _flowchart_answer(place: str, fields: dict[str, Any]) -> dict[str, Any]:
 
 
 def _dev_rows(root: Path) -> dict[str, list[_Row]]:
-    """The parts of the real sets; their README describes the files."""
+    """The parts of the real sets; their README describes the files.
+
+    Of sets that may train weights, only the images kept apart for evaluation are taken.
+    """
     lines = [(place, row) for place, row in _read_objects(root / "receipt_lines.jsonl")]
     texts: dict[str, list[str]] = {}
     for _, row in lines:
@@ -459,4 +463,6 @@ def _dev_rows(root: Path) -> dict[str, list[_Row]]:
         parts.setdefault(part, []).append(_check_row(place, row | {"part": part}))
     parts["tables"] = _read_rows(root / "tables.jsonl", part="tables")
     parts["flowcharts"] = _read_rows(root / "flowcharts.jsonl", part="flowcharts")
-    return parts
+    splits = image_splits(root)
+    kept = {part: [row for row in rows if splits.get(row.image) != "train"] for part, rows in parts.items()}
+    return {part: rows for part, rows in kept.items() if rows}
