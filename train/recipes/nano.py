@@ -197,7 +197,7 @@ WIDE = [
 ]
 
 LARGE = [
-    Curriculum(1_440, TaskConfig(megapixels=(0.03, 1.2)), {"read": 0.75, "count": 0.25}),
+    Curriculum(960, TaskConfig(megapixels=(0.03, 1.2)), {"read": 0.75, "count": 0.25}),
 ]
 
 
