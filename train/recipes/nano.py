@@ -212,15 +212,16 @@ def nano(connector: str = "spatial_resampler", slicing: SlicingConfig = SLICING)
     eye = Stage(
         name="eye",
         model=_build_eye,
-        dataset=DenseCropDataset(DenseCropConfig(), fonts),
+        dataset=DenseCropDataset(DenseCropConfig(group=64), fonts),
         collator=collate_crops,
         arguments=_COMMON
         | {
-            "learning_rate": 1.5e-3,
+            "per_device_train_batch_size": 64,
+            "learning_rate": 1.2e-3,
             "lr_scheduler_type": "warmup_stable_decay",
-            "lr_scheduler_kwargs": {"num_decay_steps": 2_000},
-            "warmup_steps": 200,
-            "max_steps": 8_000,
+            "lr_scheduler_kwargs": {"num_decay_steps": 750},
+            "warmup_steps": 50,
+            "max_steps": 3_000,
         },
         save=save_dense_reader,
         muon=("encoder.vit.blocks.", "encoder.stem."),
