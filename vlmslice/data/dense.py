@@ -41,10 +41,9 @@ HEADS = {
     "kind": 1 + len(KINDS),
     "color": 1 + len(COLORS),
     "center": 2,
-    "glyph": 1
-    + len(CHARACTERS),  # not of the cell: of the k-th character of the patch, for k in place of the cell
+    "glyph": 1 + len(CHARACTERS),
 }
-"""Name and number of classes of each label of a cell."""
+"""Name and number of classes of each label of a cell; of `glyph`, the k-th "cell" is the k-th character of the patch."""
 
 _CHARACTER_LABEL = {c: i + 1 for i, c in enumerate(CHARACTERS)}
 _KIND_LABEL = {k: i + 1 for i, k in enumerate(KINDS)}
