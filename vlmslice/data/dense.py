@@ -43,7 +43,7 @@ HEADS = {
     "center": 2,
     "glyph": 1 + len(CHARACTERS),
 }
-"""Name and number of classes of each label of a cell; of `glyph`, the k-th "cell" is the k-th character of the patch."""
+"""Name and number of classes of each label of a cell; of `glyph`, the k-th cell is the k-th character of the patch."""
 
 _CHARACTER_LABEL = {c: i + 1 for i, c in enumerate(CHARACTERS)}
 _KIND_LABEL = {k: i + 1 for i, k in enumerate(KINDS)}
