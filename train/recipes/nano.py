@@ -269,7 +269,7 @@ def nano(connector: str = "spatial_resampler", slicing: SlicingConfig = SLICING)
         name="large",
         model=_build_large,
         dataset=TaskDataset(LARGE, fonts, group=4, name="large"),
-        collator=TaskCollator(build_processor(slicing), dense=False),
+        collator=TaskCollator(build_processor(slicing), dense=False, guide=False),
         arguments=_COMMON
         | {
             "per_device_train_batch_size": 4,

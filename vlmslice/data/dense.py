@@ -110,7 +110,7 @@ def _spell_patches(scene: Scene, box: tuple[int, int, int, int], patch_grid: tup
     top, left, bottom, right = box
     spelt: list[list[int]] = [[] for _ in range(patch_grid[0] * patch_grid[1])]
     for glyph in scene.glyphs:
-        y, x = (glyph.box[0] + glyph.box[2]) / 2, (glyph.box[1] + glyph.box[3]) / 2
+        y, x = glyph.center
         if top <= y < bottom and left <= x < right:
             row = int((y - top) / (bottom - top) * patch_grid[0])
             col = int((x - left) / (right - left) * patch_grid[1])

@@ -97,7 +97,7 @@ def find_places(answer: str, glyphs: Iterable[Glyph]) -> list[list[Place]]:
     Raises:
         ValueError: there are more or fewer glyphs than visible characters.
     """
-    centers = [((g.box[0] + g.box[2]) / 2, (g.box[1] + g.box[3]) / 2) for g in glyphs]
+    centers = [glyph.center for glyph in glyphs]
     visible = [not character.isspace() for character in answer]
     if len(centers) != sum(visible):
         raise ValueError(f"{len(centers)} glyphs for the {sum(visible)} visible characters of {answer!r}")

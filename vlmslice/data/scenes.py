@@ -21,22 +21,29 @@ Box = tuple[float, float, float, float]
 Color = tuple[int, int, int]
 
 
+class _Boxed:
+    """What lies in a box."""
+
+    box: Box
+
+    @property
+    def center(self) -> tuple[float, float]:
+        """(y, x) in pixels."""
+        top, left, bottom, right = self.box
+        return (top + bottom) / 2, (left + right) / 2
+
+
 @dataclass(frozen=True)
-class Glyph:
+class Glyph(_Boxed):
     character: str
     box: Box
 
 
 @dataclass(frozen=True)
-class Shape:
+class Shape(_Boxed):
     kind: str
     color: str
     box: Box
-
-    @property
-    def center(self) -> tuple[float, float]:
-        top, left, bottom, right = self.box
-        return (top + bottom) / 2, (left + right) / 2
 
 
 @dataclass(frozen=True)
