@@ -1,16 +1,18 @@
 import pytest
 import timm
 import torch
+import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from timm.layers import resample_abs_pos_embed
 from timm.models.naflexvit import checkpoint_filter_fn
 
+from vlmslice.conv_stem import ConvStem
+from vlmslice.view_packing import split_into_patches
 from vlmslice.vision_encoder import (
     OverlapStem,
     VlmSliceVisionConfig,
     VlmSliceVisionEncoder,
-    build_timm_vit,
     patch_coordinates,
 )
 
@@ -28,6 +30,7 @@ ARCHITECTURES = {
     "eva02_tiny_patch14_224": (14, 1),
     "naflexvit_base_patch16_gap": (16, 4),
 }
+all_stems = pytest.mark.parametrize("stem", ["timm", "overlap", "conv"])
 all_architectures = pytest.mark.parametrize("architecture", ARCHITECTURES)
 
 
@@ -99,7 +102,7 @@ def _reaches(patch: int, pixel: int) -> bool:
 
 
 class TestBatching:
-    @pytest.mark.parametrize("stem", ["timm", "overlap"])
+    @all_stems
     def test_padded_batch_is_each_view_alone(self, stem):
         """Largest difference seen 1e-6, of features of standard deviation 1."""
         encoder = tiny_encoder(stem=stem)
@@ -127,16 +130,17 @@ class TestBatching:
         assert torch.equal(got[valid], expected[valid])
         assert got.isfinite().all()
 
-    def test_padding_is_never_read_by_the_overlap_stem(self):
+    @all_stems
+    def test_padding_is_never_read_by_a_stem(self, stem):
         """Its windows end at the edges of the view, beyond which the padding lies."""
-        encoder, grids = tiny_encoder(stem="overlap"), [(2, 4), (5, 3), (4, 4)]
+        encoder, grids = tiny_encoder(stem=stem), [(2, 4), (5, 3), (4, 4)]
         zeros, target_sizes = views(encoder, grids)
         garbage, _ = views(encoder, grids, padding=1e4)
         with torch.no_grad():
             expected, valid = encoder(zeros, target_sizes)
             assert torch.equal(encoder(garbage, target_sizes)[0][valid], expected[valid])
 
-    @pytest.mark.parametrize("stem", ["timm", "overlap"])
+    @all_stems
     def test_views_do_not_see_each_other(self, stem):
         encoder = tiny_encoder(stem=stem)
         pixel_values, target_sizes = views(encoder, [(2, 4), (4, 4)])
@@ -290,7 +294,7 @@ class TestArchitectures:
         seen = []
         stem.pixels.register_forward_hook(lambda module, inputs, output: seen.append(inputs[0]))
         pixels = torch.arange(16 * 16 * 3).view(1, 1, -1).float()
-        stem(pixels, torch.tensor([[1, 1]]), torch.zeros(1, 1, 2, dtype=torch.int64))
+        stem(pixels, torch.tensor([[1, 1]]))
         image = pixels.view(16, 16, 3)
         for row in range(4):
             for col in range(4):
@@ -301,13 +305,10 @@ class TestArchitectures:
         """On a 3 x 3 grid, one changed pixel changes the patches whose window it lies in, wherever it is."""
         torch.manual_seed(0)
         stem, grid = OverlapStem(16, 32), torch.tensor([[3, 3]])
-        coordinates, _ = patch_coordinates(grid, 10)
 
         def embed(image):
             patches = image.view(3, 16, 3, 16, 3).transpose(1, 2).reshape(1, 9, -1)
-            return stem(torch.nn.functional.pad(patches, (0, 0, 0, 1)), grid, coordinates)[0, :9].view(
-                3, 3, -1
-            )
+            return stem(torch.nn.functional.pad(patches, (0, 0, 0, 1)), grid)[0, :9].view(3, 3, -1)
 
         before = embed(torch.zeros(48, 48, 3))
         for y, x in [(0, 0), (11, 24), (12, 24), (15, 15), (19, 20), (24, 24), (28, 31), (47, 47)]:
@@ -316,6 +317,34 @@ class TestArchitectures:
             changed = (embed(image) - before).abs().sum(-1) > 0
             near = [[_reaches(row, y) and _reaches(col, x) for col in range(3)] for row in range(3)]
             assert changed.tolist() == near, (y, x)
+
+    def test_conv_stem_is_torch_convolutions_on_the_image(self):
+        """The patches put together again, through `nn.Conv2d` layers with the same weights."""
+        torch.manual_seed(0)
+        stem, grid = ConvStem(16, 32), (3, 2)
+        image = torch.randn(1, 3, 48, 32)
+
+        def conv(layer, x):
+            k = layer.kernel_size
+            other = torch.nn.Conv2d(x.shape[1], len(layer.weight), k, layer.stride, k // 2 if k == 3 else 0)
+            other.weight.data = layer.weight.data.view(-1, k, k, x.shape[1]).permute(0, 3, 1, 2)
+            other.bias.data = layer.bias.data
+            return other(x)
+
+        def residual(block, x):
+            y = block.norm(x.movedim(1, -1)).movedim(-1, 1)
+            return x + conv(block.outer, F.gelu(conv(block.inner, y)))
+
+        first = torch.nn.Conv2d(3, 12, 4, 4)
+        first.weight.data = stem.pixels.weight.data.view(12, 4, 4, 3).permute(0, 3, 1, 2)
+        first.bias.data = stem.pixels.bias.data
+        with torch.no_grad():
+            x = residual(stem.fine[0], F.gelu(first(image)))
+            x = residual(stem.middle[0], F.gelu(conv(stem.to_middle, x)))
+            x = residual(stem.patches[0], F.gelu(conv(stem.to_patches, x)))
+            patches = split_into_patches(image[0].movedim(0, -1), 16)[None]
+            got = stem(patches, torch.tensor([grid]))
+        torch.testing.assert_close(got[0], x[0].flatten(1).T, atol=1e-5, rtol=1e-5)
 
     def test_small_runs_start_at_scale(self):
         """Positions that patch content does not drown, and blocks that do something from the first step."""
@@ -339,7 +368,9 @@ class BlockOut(torch.nn.Module):
 
 class TestErrors:
     def build(self, **options):
-        return build_timm_vit(VlmSliceVisionConfig(**{"hidden_size": 32, "timm_kwargs": TINY} | options))
+        return VlmSliceVisionEncoder(
+            VlmSliceVisionConfig(**{"hidden_size": 32, "timm_kwargs": TINY} | options)
+        )
 
     @pytest.mark.parametrize(
         ("options", "message"),
@@ -372,6 +403,10 @@ class TestErrors:
             (
                 {"stem": "overlap", "patch_size": 14},
                 "^stem 'overlap' with patch_size 14, expected a multiple of 4; use stem 'timm'",
+            ),
+            (
+                {"stem": "conv", "patch_size": 14},
+                "^stem 'conv' with patch_size 14, expected 16; use stem 'timm'",
             ),
         ],
     )

@@ -18,6 +18,7 @@ from timm.models.naflexvit import NaFlexVit, NaFlexVitCfg
 from torch import nn
 from transformers import PreTrainedConfig
 
+from vlmslice.conv_stem import ConvStem
 from vlmslice.errors import suggestion
 from vlmslice.position_embedding import sincos_2d
 
@@ -38,7 +39,8 @@ class VlmSliceVisionConfig(PreTrainedConfig):
     `feature_layer` is the number of transformer blocks kept; blocks after it are not built. A DINOv2 whose last block
     was altered by fine-tuning is used with `feature_layer=11`. None keeps all.
 
-    `stem` is `"timm"` for the architecture's own linear patch embedding, or `"overlap"` for `OverlapStem`.
+    `stem` is `"timm"` for the architecture's own linear patch embedding, `"overlap"` for `OverlapStem`, or `"conv"` for
+    `ConvStem`.
     """
 
     model_type = "vlmslice_vision"
@@ -80,14 +82,8 @@ def build_timm_vit(config: VlmSliceVisionConfig) -> NaFlexVit:
             raise ValueError(f"feature_layer is {config.feature_layer}, expected 1 to {len(vit.blocks)}")
         vit.blocks = vit.blocks[: config.feature_layer]
     vit.attn_pool = None
-    if config.stem == "overlap":
-        if config.patch_size % 4:
-            raise ValueError(
-                f"stem 'overlap' with patch_size {config.patch_size}, expected a multiple of 4; use stem 'timm'"
-            )
+    if config.stem != "timm":
         vit.embeds.proj = nn.Identity()  # the stem comes before it
-    elif config.stem != "timm":
-        raise ValueError(f"vision stem is {config.stem!r}, expected 'timm' or 'overlap'")
     return vit
 
 
@@ -131,14 +127,19 @@ class OverlapStem(nn.Module):
 
     def __init__(self, patch_size: int, hidden_size: int):
         super().__init__()
+        if patch_size % 4:
+            raise ValueError(
+                f"stem 'overlap' with patch_size {patch_size}, expected a multiple of 4; use stem 'timm'"
+            )
         self.block = patch_size // 4
         self.pixels = nn.Linear(3 * self.block**2, 64)
         self.quarters = nn.Linear(16 * 64, 160)
         self.patch = nn.Linear(4 * 160, hidden_size)
 
-    def forward(self, x: torch.Tensor, target_sizes: torch.Tensor, coordinates: torch.Tensor) -> torch.Tensor:
-        """`[V, T, patch_size**2 * 3]` (channels last) of patches at `int64[V, T, 2]` to `[V, T, D]`."""
+    def forward(self, x: torch.Tensor, target_sizes: torch.Tensor) -> torch.Tensor:
+        """Patches `[V, T, patch_size**2 * 3]` (channels last) of `int64[V, 2]` patch grids to `[V, T, D]`."""
         views, patches, _ = x.shape
+        coordinates, _ = patch_coordinates(target_sizes, patches)
         b = self.block
         x = x.reshape(views, patches, 4, b, 4, b * 3).transpose(3, 4).flatten(4)
         x = nn.functional.gelu(self.pixels(x)).reshape(views, patches * 16, 64)
@@ -162,6 +163,20 @@ class OverlapStem(nn.Module):
         return index.where(inside, num_patches * 16).flatten(1)
 
 
+_STEMS: dict[str, type[nn.Module]] = {"overlap": OverlapStem, "conv": ConvStem}
+
+
+def _build_stem(config: VlmSliceVisionConfig) -> nn.Module | None:
+    if config.stem == "timm":
+        return None
+    if config.stem not in _STEMS:
+        names = ["timm", *_STEMS]
+        raise ValueError(
+            f"vision stem is {config.stem!r}, expected one of {', '.join(names)}{suggestion(config.stem, names)}"
+        )
+    return _STEMS[config.stem](config.patch_size, config.hidden_size)
+
+
 @torch.no_grad()
 def _initialise_for_small_runs(vit: NaFlexVit, stem: nn.Module | None) -> None:
     """Weights whose outputs keep the scale of their inputs, and sine-cosine positions about as large as the content.
@@ -177,6 +192,9 @@ def _initialise_for_small_runs(vit: NaFlexVit, stem: nn.Module | None) -> None:
     for block in vit.blocks:
         for linear in (block.attn.proj, block.mlp.fc2):
             linear.weight.mul_((2 * len(vit.blocks)) ** -0.5)
+    if isinstance(stem, ConvStem):
+        for linear in stem.residual_outputs():
+            linear.weight.mul_((2 * len(stem.residual_outputs())) ** -0.5)
     table = vit.embeds.pos_embed
     if table is not None:
         rows, cols = table.shape[1:3]
@@ -216,7 +234,7 @@ class VlmSliceVisionEncoder(nn.Module):
         super().__init__()
         self.config = config
         self.vit = build_timm_vit(config)
-        self.stem = OverlapStem(config.patch_size, config.hidden_size) if config.stem == "overlap" else None
+        self.stem = _build_stem(config)
         if config.architecture == _GENERIC:
             _initialise_for_small_runs(self.vit, self.stem)
 
@@ -253,7 +271,7 @@ class VlmSliceVisionEncoder(nn.Module):
         self.vit.set_grad_checkpointing(self.gradient_checkpointing and self.training)
         pixel_values = pixel_values.to(next(self.vit.blocks.parameters()).dtype)
         if self.stem is not None:
-            pixel_values = self.stem(pixel_values, target_sizes, coordinates_VT2)
+            pixel_values = self.stem(pixel_values, target_sizes)
         # A batch without padding needs no mask, which saves the mask addition in every layer.
         output = self.vit.forward_features(
             pixel_values,

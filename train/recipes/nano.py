@@ -40,9 +40,9 @@ MATRICES = (
 
 VISION = {
     "hidden_size": 256,
-    "stem": "overlap",
+    "stem": "conv",
     "timm_kwargs": {
-        "depth": 6,
+        "depth": 3,
         "num_heads": 4,
         "global_pool": "",
         "class_token": False,
@@ -213,16 +213,18 @@ def nano(connector: str = "spatial_resampler", slicing: SlicingConfig = SLICING)
     eye = Stage(
         name="eye",
         model=_build_eye,
-        dataset=DenseCropDataset(DenseCropConfig(group=64), fonts),
+        dataset=DenseCropDataset(DenseCropConfig(group=64, text_share=0.8, easy_samples=20_000, least_easy=0.1), fonts),
         collator=collate_crops,
         arguments=_COMMON
         | {
             "per_device_train_batch_size": 64,
-            "learning_rate": 1.2e-3,
+            "learning_rate": 2e-3,
             "lr_scheduler_type": "warmup_stable_decay",
-            "lr_scheduler_kwargs": {"num_decay_steps": 750},
+            "lr_scheduler_kwargs": {"num_decay_steps": 300},
             "warmup_steps": 50,
-            "max_steps": 3_000,
+            "max_steps": 2_000,
+            "logging_steps": 50,
+            "save_steps": 100,
         },
         save=save_dense_reader,
         muon=("encoder.vit.blocks.", "encoder.stem."),
