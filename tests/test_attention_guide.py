@@ -12,14 +12,16 @@ from vlmslice.data.collator import IGNORED
 from vlmslice.data.fonts import FontLibrary, matplotlib_font_dir
 from vlmslice.data.task_collator import TaskCollator
 from vlmslice.data.tasks import Curriculum, TaskConfig, TaskDataset
+from vlmslice.spatial_schema import LOCATION_TOKENS
 from vlmslice.tokenization import build_byte_tokenizer
 
 
 def build_collator(connector: str = "spatial_resampler", dense: bool = False) -> TaskCollator:
-    slicing = tiny_slicing(connector)
-    return TaskCollator(
-        VlmSliceProcessor(VlmSliceImageProcessorPil(**slicing.to_dict()), build_byte_tokenizer()), dense
+    image_processor = VlmSliceImageProcessorPil(**tiny_slicing(connector).to_dict())
+    processor = VlmSliceProcessor(
+        image_processor, build_byte_tokenizer(), one_placeholder=connector == "cross_attention"
     )
+    return TaskCollator(processor, dense)
 
 
 def draw(task: str, num_samples: int, **config) -> list:
@@ -96,6 +98,9 @@ class TestPlaces:
                     for c in range(cols)
                 ]
             placeholders = (ids == processor.image_token_id).nonzero()[:, 0].tolist()
+            if connector == "cross_attention":
+                assert len(placeholders) == 1
+                placeholders = list(range(plan.num_visual_tokens))
             assert len(boxes) == len(placeholders)
             for (_, _, key), glyph in zip(entries.tolist(), sample.scene.glyphs, strict=True):
                 view, top, left, height, width = boxes[placeholders.index(key)]
@@ -103,10 +108,47 @@ class TestPlaces:
                 assert view is not plan.overview
                 assert -1e-6 <= y - top <= height + 1e-6 and -1e-6 <= x - left <= width + 1e-6
 
-    @pytest.mark.parametrize("task", ["chart", "count"])
-    def test_what_is_not_read_out_has_no_places(self, task):
-        batch = build_collator()(draw(task, 2))
+    def test_what_is_not_read_out_has_no_places(self):
+        batch = build_collator()(draw("chart", 2))
         assert batch["guide_entries"].shape == (0, 3)
+
+    @pytest.mark.parametrize("connector", CONNECTORS)
+    def test_counts_point_at_their_objects(self, connector):
+        """Row and column of each object's patch, in reading order, are answered and guided; then the number."""
+        collator = build_collator(connector)
+        tokenizer = collator.processor.tokenizer
+        for sample in draw("count", 8, max_count=6):
+            batch = collator([sample])
+            answer = batch["input_ids"][0][batch["labels"][0] != IGNORED].tolist()
+            ids = [tokenizer.convert_tokens_to_ids(token) for token in LOCATION_TOKENS]
+            numbers = [ids.index(token) for token in answer if token in ids]
+            cells = list(zip(numbers[::2], numbers[1::2], strict=True))
+            plan = collator.processor.image_processor.plan(*sample.scene.image.size[::-1])
+            expected = [tuple(int(part) for part in plan.to_canvas(*point)) for point in sample.points]
+            assert cells == sorted(expected) and len(cells) == int(sample.answer)
+            assert tokenizer.decode(answer, skip_special_tokens=True) == sample.answer
+            queries = batch["guide_entries"][:, 1].tolist()
+            assert len(queries) == 2 * len(cells)
+            assert [ids.index(batch["input_ids"][0, q + 1]) for q in queries] == numbers
+            keys = batch["guide_entries"][:, 2].tolist()
+            assert keys[::2] == keys[1::2]
+
+    def test_points_may_be_left_out(self):
+        collator = build_collator()
+        collator.points = False
+        [sample] = draw("count", 1)
+        batch = collator([sample])
+        answer = batch["input_ids"][0][batch["labels"][0] != IGNORED].tolist()
+        assert collator.processor.tokenizer.decode(answer) == f"{sample.answer}<|end|>"
+
+    def test_point_beyond_the_location_tokens_is_refused(self):
+        collator = build_collator()
+        [sample] = draw("count", 1)
+        sample.points = [(1e5, 3.0)]
+        with pytest.raises(
+            ValueError, match="^an object lies in row or column [0-9]+ of the canvas, expected less"
+        ):
+            collator([sample])
 
     def test_lines_of_accented_letters(self):
         """Both bytes of an accented letter are shown its one place; a line break is shown none."""
@@ -141,6 +183,15 @@ class TestModel:
         outputs = model(**batch)
         assert float(outputs.auxiliary_loss) == pytest.approx(0.5 * float(outputs.metrics["guide_loss"]))
         assert float(outputs.loss) == pytest.approx(float(plain + outputs.auxiliary_loss))
+
+    def test_cross_attention_needs_no_eager_attention(self):
+        batch = build_collator("cross_attention")(draw("read", 3))
+        model = tiny_model("cross_attention")
+        plain = model(**batch).loss
+        model.config.guide_loss_weight = 0.5
+        outputs = model(**batch)
+        assert float(outputs.metrics["guide_loss"]) > 0
+        assert float(outputs.loss) == pytest.approx(float(plain + outputs.auxiliary_loss), abs=1e-4)
 
     def test_attention_without_weights_is_refused(self):
         model = tiny_model()

@@ -168,6 +168,21 @@ def check_overview_shows_all_or_is_absent(plan: SlicePlan, config: SlicingConfig
         assert plan.overview.box == (0, 0, height, width) and plan.views == (plan.overview, *plan.slices)
 
 
+def check_points_map_to_the_canvas_and_back(plan: SlicePlan, config: SlicingConfig) -> None:
+    """Corners of every slice fall on the corners of its canvas box, and every point comes back."""
+    skipped = plan.overview is not None
+    for view, canvas in zip(plan.slices, plan.canvas_boxes[skipped:], strict=True):
+        top, left, bottom, right = view.box
+        middle = ((top + bottom) / 2, (left + right) / 2)
+        assert plan.to_canvas(top, left) == (canvas[0], canvas[1])
+        assert plan.to_canvas(*middle) == pytest.approx(
+            ((canvas[0] + canvas[2]) / 2, (canvas[1] + canvas[3]) / 2)
+        )
+        assert plan.to_image(*plan.to_canvas(*middle)) == pytest.approx(middle)
+    height, width = plan.image_size
+    assert plan.to_canvas(height, width) == pytest.approx(plan.canvas_boxes[-1][2:])
+
+
 def check_canvas_boxes_tile_the_canvas(plan: SlicePlan, config: SlicingConfig) -> None:
     (high, wide), (rows, cols) = plan.slices[0].patch_grid, plan.grid
     assert len(plan.canvas_boxes) == len(plan.views)

@@ -14,7 +14,7 @@ from vlmslice.slicing import SlicingConfig
 from vlmslice.tokenization import build_byte_tokenizer
 from vlmslice.vision_encoder import VlmSliceVisionConfig
 
-CONNECTORS = ("spatial_resampler", "resampler", "pixel_unshuffle")
+CONNECTORS = ("spatial_resampler", "resampler", "pixel_unshuffle", "cross_attention")
 
 _VIT = {"depth": 2, "num_heads": 2, "global_pool": "", "pos_embed_grid_size": (4, 4)}
 
@@ -53,6 +53,7 @@ def tiny_config(connector: str = "spatial_resampler", text: dict | None = None, 
         "connector_heads": 4,
         "connector_head_dim": 16,
         "connector_scale": 1.0,
+        "cross_attention_gate": 0.6,
         "image_token_id": tokenizer.convert_tokens_to_ids("<|image|>"),
     }
     return VlmSliceConfig(**defaults | options)
@@ -77,7 +78,9 @@ def tiny_model(
 
 def tiny_processor(connector: str = "spatial_resampler") -> VlmSliceProcessor:
     image_processor = VlmSliceImageProcessor(**tiny_slicing(connector).to_dict())
-    return VlmSliceProcessor(image_processor, build_byte_tokenizer())
+    return VlmSliceProcessor(
+        image_processor, build_byte_tokenizer(), one_placeholder=connector == "cross_attention"
+    )
 
 
 def noise_image(height: int, width: int, seed: int = 0) -> Image.Image:

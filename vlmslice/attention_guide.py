@@ -29,8 +29,10 @@ def guide_loss(
     """Divergence of the guided heads' attention from the true places, in nats per guided character.
 
     Args:
-        attentions: `[B, heads, L, L]` of every layer, rows summing to 1.
-        entries: `int64[M, 3]` (sample, position that predicts the character, position of a visual token).
+        attentions: of every layer, rows summing to 1: `[B, heads, L, L]`, or `[B, heads, L, visual tokens + 1]` of
+            cross-attention.
+        entries: `int64[M, 3]` (sample, position that predicts the character, position of a visual token among the
+            keys).
         shares: `float[M]` share of that token in the character's places; they sum to 1 for each character.
 
     Returns:

@@ -11,7 +11,7 @@ from vlmslice.errors import suggestion
 from vlmslice.slicing import SlicingConfig
 from vlmslice.vision_encoder import VlmSliceVisionConfig
 
-CONNECTORS = ("spatial_resampler", "resampler", "pixel_unshuffle")
+CONNECTORS = ("spatial_resampler", "resampler", "pixel_unshuffle", "cross_attention")
 
 
 @strict
@@ -23,9 +23,13 @@ class VlmSliceConfig(PreTrainedConfig):
 
     Attributes:
         connector: one of `CONNECTORS`.
-        connector_heads: attention heads of the resamplers, each `connector_head_dim` wide.
+        connector_heads: attention heads of the resamplers and of cross-attention, each `connector_head_dim` wide.
         connector_scale: root mean square of a visual token as it enters the language model. Embeddings of a language
             model are often small; visual tokens much larger than them drown the text.
+        cross_attention_interval: with the connector `cross_attention`, every how many layers of the language model look
+            at the visual tokens.
+        cross_attention_gate: where their gates start. From 0 the language model is at first exactly the one without
+            images, as suits a trained one.
         canvas_position: add to every visual token an embedding of its place on the whole image, so that a line of
             text which runs on in the next slice can be followed there.
         dense_loss_weight: weight of the dense (per-cell) loss beside the language loss in training; 0 builds no head.
@@ -45,6 +49,8 @@ class VlmSliceConfig(PreTrainedConfig):
     connector_heads: int = 8
     connector_head_dim: int = 64
     connector_scale: int | float = 0.2
+    cross_attention_interval: int = 1
+    cross_attention_gate: int | float = 0.0
     canvas_position: bool = True
     dense_loss_weight: int | float = 0.0
     guide_loss_weight: int | float = 0.0

@@ -3,13 +3,15 @@
 Legend: V views, T patches per view (padded), Q visual tokens per view (padded), D encoder width, H heads, K head
 width, E text width.
 
-Three kinds at matched token counts, chosen by name in `VlmSliceConfig.connector`:
+Four kinds at matched token counts, chosen by name in `VlmSliceConfig.connector`:
 
 - `spatial_resampler`: one query for each block of merge_size x merge_size patches, anchored to its block. Cross-
   attention in the manner of LLaVA-UHD's second resampler, with anchors that hold from the first step.
 - `resampler`: a fixed number of learned queries per view (Alayrac et al., 2022; MiniCPM-V), 2D positions on both
   sides.
 - `pixel_unshuffle`: the patches of a block side by side, through an MLP (as in InternVL and MiniCPM-V 4.6).
+- `cross_attention`: the patches of a block side by side, through one linear layer; the tokens do not enter the prompt,
+  layers of the language model look at them (see `cross_attention`).
 """
 
 from __future__ import annotations
@@ -215,6 +217,33 @@ class PixelUnshuffle(nn.Module):
         return self.head(self.merge(patches_VQMD.flatten(2))), valid_VQ
 
 
+class BlockProjection(nn.Module):
+    """The features of a block's patches, one after the other, through one linear layer."""
+
+    def __init__(self, config: VlmSliceConfig):
+        super().__init__()
+        dim, self.merge_size = config.vision_config.hidden_size, config.slicing["merge_size"]
+        self.norm = nn.LayerNorm(dim)
+        self.projection = nn.Linear(dim * self.merge_size**2, config.text_config.hidden_size, bias=False)
+        self.gain = nn.Parameter(torch.empty(config.text_config.hidden_size))
+        self._scale = config.connector_scale
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        nn.init.ones_(self.norm.weight)
+        nn.init.zeros_(self.norm.bias)
+        nn.init.normal_(self.projection.weight, std=self.projection.in_features**-0.5)
+        nn.init.constant_(self.gain, self._scale)
+
+    def forward(
+        self, features_VTD: torch.Tensor, valid_VT: torch.Tensor, target_sizes: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        blocks_VQ2, valid_VQ = block_places(target_sizes, self.merge_size)
+        patches_VQMD = _gather_block(self.norm(features_VTD), blocks_VQ2, target_sizes, self.merge_size)
+        tokens_VQE = self.projection(patches_VQMD.flatten(2))
+        return F.rms_norm(tokens_VQE.float(), self.gain.shape) * self.gain, valid_VQ
+
+
 def query_grid(num_queries: int) -> tuple[int, int]:
     """Rows and columns, as near to a square as the number allows: 64 -> (8, 8), 12 -> (3, 4), 7 -> (1, 7)."""
     rows = max(r for r in range(1, math.isqrt(num_queries) + 1) if num_queries % r == 0)
@@ -233,7 +262,12 @@ def _gather_block(
     return features_VTD[views, index_VQM]
 
 
-_CLASSES = {"spatial_resampler": SpatialResampler, "resampler": Resampler, "pixel_unshuffle": PixelUnshuffle}
+_CLASSES = {
+    "spatial_resampler": SpatialResampler,
+    "resampler": Resampler,
+    "pixel_unshuffle": PixelUnshuffle,
+    "cross_attention": BlockProjection,
+}
 
 
 def build_connector(config: VlmSliceConfig) -> nn.Module:

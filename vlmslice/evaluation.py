@@ -44,7 +44,7 @@ MAX_NEW_TOKENS = {
     "ocr-line": 128,
     "receipt-json": 512,
     "chart-qa": 96,
-    "count": 32,
+    "count": 512,
     "table-html": 6144,
     "flowchart-graph": 2048,
 }

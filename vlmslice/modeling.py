@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -13,6 +14,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling, CausalLMOu
 from vlmslice.attention_guide import guide_loss
 from vlmslice.config import VlmSliceConfig
 from vlmslice.connectors import (
+    BlockProjection,
     CrossAttention,
     PixelUnshuffle,
     Resampler,
@@ -21,6 +23,7 @@ from vlmslice.connectors import (
     build_connector,
     query_grid,
 )
+from vlmslice.cross_attention import CrossAttentionLayers, GatedCrossAttention, VisualMemory
 from vlmslice.dense_reader import DenseHead, dense_loss
 from vlmslice.position_embedding import sincos_2d
 from vlmslice.vision_encoder import VlmSliceVisionEncoder, patch_coordinates
@@ -31,11 +34,12 @@ class VlmSliceOutput(CausalLMOutputWithPast):
     """As `CausalLMOutputWithPast`.
 
     `auxiliary_loss` is the part of `loss` that does not come from the answers; `metrics` holds figures for the
-    training log.
+    training log. `visual_memory` is what the connector `cross_attention` made of the images, for the next tokens.
     """
 
     auxiliary_loss: torch.Tensor | None = None
     metrics: dict | None = None
+    visual_memory: VisualMemory | None = None
 
 
 class CanvasPosition(nn.Module):
@@ -73,7 +77,16 @@ class CanvasPosition(nn.Module):
         return self.projection(embedding) + is_overview_V[:, None, None] * self.overview
 
 
-_OWN_MODULES = (CrossAttention, TokenHead, PixelUnshuffle, Resampler, CanvasPosition, DenseHead)
+_OWN_MODULES = (
+    BlockProjection,
+    CanvasPosition,
+    CrossAttention,
+    DenseHead,
+    GatedCrossAttention,
+    PixelUnshuffle,
+    Resampler,
+    TokenHead,
+)
 
 
 class VlmSlicePreTrainedModel(PreTrainedModel):
@@ -110,7 +123,8 @@ class VlmSliceForConditionalGeneration(VlmSlicePreTrainedModel, GenerationMixin)
     1. All views of the batch go through the vision encoder at once, each with its own patch grid.
     2. The connector turns the patches of a view into its visual tokens.
     3. A canvas position is added to each token, so that the language model knows where on the image it lies.
-    4. Token i replaces the i-th placeholder of the prompt, and the language model runs as on text.
+    4. Token i replaces the i-th placeholder of the prompt, and the language model runs as on text. With the connector
+       `cross_attention`, layers of the language model look at the tokens instead.
     """
 
     def __init__(self, config: VlmSliceConfig):
@@ -119,6 +133,9 @@ class VlmSliceForConditionalGeneration(VlmSlicePreTrainedModel, GenerationMixin)
         self.connector = build_connector(config)
         self.canvas_position = CanvasPosition(config) if config.canvas_position else None
         self.language_model = AutoModelForCausalLM.from_config(config.text_config)
+        self.cross_attention = None
+        if config.connector == "cross_attention":
+            self.cross_attention = CrossAttentionLayers(config, self.language_model)
         self.dense_head = None
         if config.dense_loss_weight:
             self.dense_head = DenseHead(config.vision_config.hidden_size)
@@ -216,6 +233,7 @@ class VlmSliceForConditionalGeneration(VlmSlicePreTrainedModel, GenerationMixin)
         labels: torch.LongTensor | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int | torch.Tensor = 0,
+        visual_memory: VisualMemory | None = None,
         **kwargs,
     ) -> VlmSliceOutput:
         """Runs the model on token ids and the views of their images; see `get_image_features` for the shapes.
@@ -228,7 +246,8 @@ class VlmSliceForConditionalGeneration(VlmSlicePreTrainedModel, GenerationMixin)
             k.removeprefix("label_"): kwargs.pop(k) for k in list(kwargs) if k.startswith("label_")
         }
         guide = [kwargs.pop(name, None) for name in ("guide_entries", "guide_shares")]
-        if self.config.guide_loss_weight and guide[0] is not None:
+        is_guided = bool(self.config.guide_loss_weight) and guide[0] is not None
+        if is_guided and self.cross_attention is None:
             kwargs["output_attentions"] = True
         image_outputs = None
         if inputs_embeds is None:
@@ -240,9 +259,16 @@ class VlmSliceForConditionalGeneration(VlmSlicePreTrainedModel, GenerationMixin)
                     "replace; pass input_ids, or inputs_embeds alone"
                 )
             image_outputs = self.get_image_features(pixel_values, target_sizes, canvas_boxes, num_views)
-            mask = self.get_placeholder_mask(input_ids, [len(t) for t in image_outputs.pooler_output])
-            tokens = torch.cat(image_outputs.pooler_output).to(inputs_embeds.dtype)
-            inputs_embeds = inputs_embeds.masked_scatter(mask.unsqueeze(-1), tokens)
+            if self.cross_attention is None:
+                mask = self.get_placeholder_mask(input_ids, [len(t) for t in image_outputs.pooler_output])
+                tokens = torch.cat(image_outputs.pooler_output).to(inputs_embeds.dtype)
+                inputs_embeds = inputs_embeds.masked_scatter(mask.unsqueeze(-1), tokens)
+            else:
+                inputs_embeds, visual_memory = self._remember(
+                    input_ids, inputs_embeds, image_outputs.pooler_output
+                )
+        if self.cross_attention is not None:
+            self.cross_attention.look_at(visual_memory, with_weights=is_guided)
         outputs = self.language_model(
             inputs_embeds=inputs_embeds,
             attention_mask=attention_mask,
@@ -265,13 +291,16 @@ class VlmSliceForConditionalGeneration(VlmSlicePreTrainedModel, GenerationMixin)
                 dense, right = dense_loss(self.dense_head(features), dense_labels, valid)
                 auxiliary.append(self.config.dense_loss_weight * dense)
                 metrics |= {f"{name}_right": value for name, value in right.items()}
-            if self.config.guide_loss_weight and guide[0] is not None:
-                if not outputs.attentions or outputs.attentions[0] is None:
+            if is_guided:
+                attentions = (
+                    outputs.attentions if self.cross_attention is None else self.cross_attention.weights
+                )
+                if not attentions or attentions[0] is None:
                     raise ValueError(
                         "the guide loss needs the attention weights of the language model, and its attention "
                         "implementation gives none; call model.set_attn_implementation({'text_config': 'eager'})"
                     )
-                divergence, found = guide_loss(outputs.attentions, *guide)
+                divergence, found = guide_loss(attentions, *guide)
                 auxiliary.append(self.config.guide_loss_weight * divergence)
                 metrics |= {"guide_loss": divergence.detach(), "place_found": found}
             if auxiliary:
@@ -285,7 +314,25 @@ class VlmSliceForConditionalGeneration(VlmSlicePreTrainedModel, GenerationMixin)
             attentions=outputs.attentions,
             auxiliary_loss=auxiliary_loss,
             metrics=metrics,
+            visual_memory=visual_memory if labels is None else None,
         )
+
+    def _remember(
+        self, input_ids: torch.Tensor, inputs_embeds: torch.Tensor, tokens_of_images: Sequence[torch.Tensor]
+    ) -> tuple[torch.Tensor, VisualMemory]:
+        """What the samples' layers look at; images and their placeholders are numbered within each sample."""
+        assert self.cross_attention is not None
+        mask = self.get_placeholder_mask(input_ids, [1] * len(tokens_of_images))
+        counts = mask.sum(dim=1).tolist()
+        numbers = self.cross_attention.number_images(max(counts), inputs_embeds)
+        numbers_of_images = torch.cat([numbers[:count] for count in counts])
+        inputs_embeds = inputs_embeds.masked_scatter(mask.unsqueeze(-1), numbers_of_images)
+        numbered = iter(
+            tokens + number for tokens, number in zip(tokens_of_images, numbers_of_images, strict=True)
+        )
+        none = tokens_of_images[0][:0]
+        samples = [torch.cat([none, *(next(numbered) for _ in range(count))]) for count in counts]
+        return inputs_embeds, self.cross_attention.remember(samples)
 
     def _expand_inputs_for_generation(
         self,
@@ -304,10 +351,9 @@ class VlmSliceForConditionalGeneration(VlmSlicePreTrainedModel, GenerationMixin)
         """
         if pixel_values is not None and expand_size > 1:
             num_placeholders = (input_ids == self.config.image_token_id).sum(dim=1).tolist()
-            tokens_per_image = [
-                int(tokens.sum()) for tokens in self._tokens_per_view(target_sizes).split(num_views.tolist())
-            ]
-            num_images = _images_per_sample(num_placeholders, tokens_per_image)
+            num_images = _images_per_sample(
+                num_placeholders, self._placeholders_per_image(target_sizes, num_views)
+            )
             num_views_of_sample = [int(views.sum()) for views in num_views.split(num_images)]
 
             def repeat(x: torch.Tensor, rows_of_sample: list[int]) -> torch.Tensor:
@@ -329,6 +375,11 @@ class VlmSliceForConditionalGeneration(VlmSlicePreTrainedModel, GenerationMixin)
             }
         return input_ids, model_kwargs
 
+    def _placeholders_per_image(self, target_sizes: torch.Tensor, num_views: torch.Tensor) -> list[int]:
+        if self.cross_attention is not None:
+            return [1] * len(num_views)
+        return [int(tokens.sum()) for tokens in self._tokens_per_view(target_sizes).split(num_views.tolist())]
+
     def _tokens_per_view(self, target_sizes: torch.Tensor) -> torch.Tensor:
         """`int64[V]`, the visual tokens that the connector will give each view."""
         num_queries = self.config.slicing["tokens_per_view"]
@@ -345,12 +396,14 @@ class VlmSliceForConditionalGeneration(VlmSlicePreTrainedModel, GenerationMixin)
         num_views=None,
         inputs_embeds=None,
         is_first_iteration=False,
+        visual_memory=None,
         **kwargs,
     ):
         model_inputs = super().prepare_inputs_for_generation(
             input_ids, inputs_embeds=inputs_embeds, is_first_iteration=is_first_iteration, **kwargs
         )
-        # The cache holds the visual tokens after the first step; without a cache they are needed at every step.
+        # After the first step the cache holds the visual tokens, or what was found in the visual memory; without a
+        # cache all is needed at every step.
         if is_first_iteration or not kwargs.get("use_cache", True):
             model_inputs |= {
                 "pixel_values": pixel_values,
@@ -358,7 +411,15 @@ class VlmSliceForConditionalGeneration(VlmSlicePreTrainedModel, GenerationMixin)
                 "canvas_boxes": canvas_boxes,
                 "num_views": num_views,
             }
+        else:
+            model_inputs["visual_memory"] = visual_memory
         return model_inputs
+
+    def _update_model_kwargs_for_generation(self, outputs, model_kwargs, *args, **kwargs):
+        model_kwargs = super()._update_model_kwargs_for_generation(outputs, model_kwargs, *args, **kwargs)
+        if outputs.get("visual_memory") is not None:
+            model_kwargs["visual_memory"] = outputs.visual_memory
+        return model_kwargs
 
 
 def _images_per_sample(num_placeholders: list[int], tokens_per_image: list[int]) -> list[int]:

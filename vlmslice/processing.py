@@ -30,6 +30,7 @@ from vlmslice.spatial_schema import (
     IMAGE_TOKEN,
     SPECIAL_TOKENS,
     build_chat_template,
+    spell_image,
     spell_plan,
 )
 
@@ -85,6 +86,7 @@ class VlmSliceProcessor(ProcessorMixin):
         image_processor: Any,
         tokenizer: PreTrainedTokenizerBase,
         chat_template: str | None = None,
+        one_placeholder: bool = False,
     ):
         """Joins the parts.
 
@@ -92,6 +94,8 @@ class VlmSliceProcessor(ProcessorMixin):
             image_processor: A `VlmSliceImageProcessor` or `VlmSliceImageProcessorPil`.
             tokenizer: Any tokenizer that went through `spatial_schema.add_special_tokens`.
             chat_template: A jinja template; by default the one that `build_chat_template` makes for the tokenizer.
+            one_placeholder: An image stands in the prompt as one placeholder instead of one for each visual token; for
+                models with the connector `cross_attention`.
         """
         missing = sorted(set(SPECIAL_TOKENS) - set(tokenizer.get_added_vocab()))
         if missing:
@@ -103,6 +107,7 @@ class VlmSliceProcessor(ProcessorMixin):
         tokenizer.padding_side = "left"
         self.image_token = IMAGE_TOKEN
         self.image_token_id = tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)
+        self.one_placeholder = one_placeholder
         super().__init__(
             image_processor, tokenizer, chat_template=chat_template or build_chat_template(tokenizer)
         )
@@ -183,7 +188,7 @@ class VlmSliceProcessor(ProcessorMixin):
 
     def replace_image_token(self, image_inputs: dict[str, Any], image_idx: int, **kwargs: Any) -> str:
         """The text that stands in for the placeholder of one image."""
-        return spell_plan(image_inputs["plans"][image_idx])
+        return spell_image() if self.one_placeholder else spell_plan(image_inputs["plans"][image_idx])
 
     @property
     def unused_input_names(self) -> list[str]:
@@ -209,7 +214,7 @@ class VlmSliceProcessor(ProcessorMixin):
     def _get_num_multimodal_tokens(
         self, image_sizes: Sequence[tuple[int, int]] | None = None, **kwargs: Any
     ) -> MultiModalData:
-        """Visual tokens and views (rows of `pixel_values`) of images, from their (height, width) alone."""
+        """Placeholders and views (rows of `pixel_values`) of images, from their (height, width) alone."""
         if image_sizes is None:
             return MultiModalData()
         options = self._merge_kwargs(**kwargs)["images_kwargs"]
@@ -218,7 +223,7 @@ class VlmSliceProcessor(ProcessorMixin):
         }
         plans = [self.image_processor.plan(height, width, **slicing) for height, width in image_sizes]
         return MultiModalData(
-            num_image_tokens=[plan.num_visual_tokens for plan in plans],
+            num_image_tokens=[1 if self.one_placeholder else plan.num_visual_tokens for plan in plans],
             num_image_patches=[len(plan.views) for plan in plans],
         )
 

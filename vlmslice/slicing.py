@@ -35,6 +35,8 @@ descends; `minicpm` is that rule as MiniCPM-V 4.6 computes it.
 from __future__ import annotations
 
 import dataclasses
+import math
+from bisect import bisect_right
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -205,6 +207,29 @@ class SlicePlan:
         ]
         return tuple(boxes) if self.overview is None else ((0, 0, rows * height, cols * width), *boxes)
 
+    def to_canvas(self, y: float, x: float) -> tuple[float, float]:
+        """Row and column, in patches of the canvas, of a point of the image in px.
+
+        Where the image is cut 2 x 3 into slices of 240 x 240 px of 14 x 14 patches, the point (240, 120) lies at
+        (14.0, 7.0). Points outside of the image follow its outermost slices.
+        """
+        heights, widths = self._cuts()
+        rows, cols = self.slices[0].patch_grid
+        return _piecewise(y, heights, rows), _piecewise(x, widths, cols)
+
+    def to_image(self, row: float, col: float) -> tuple[float, float]:
+        """The inverse of `to_canvas`: the point (y, x) in px."""
+        heights, widths = self._cuts()
+        rows, cols = self.slices[0].patch_grid
+        return _piecewise_inverse(row, heights, rows), _piecewise_inverse(col, widths, cols)
+
+    def _cuts(self) -> tuple[list[int], list[int]]:
+        """Where the slices begin and end, in px: rows + 1 heights and cols + 1 widths."""
+        rows, cols = self.grid
+        tops = [self.slices[row * cols].box[0] for row in range(rows)]
+        lefts = [view.box[1] for view in self.slices[:cols]]
+        return [*tops, self.image_size[0]], [*lefts, self.image_size[1]]
+
     def to_dict(self) -> dict[str, Any]:
         """The plan in dicts, lists, numbers and strings: equal to itself after a round trip through JSON."""
         return {
@@ -280,6 +305,17 @@ def _view(box: tuple[int, int, int, int], patch_grid: tuple[int, int], config: S
     num_blocks = (high // config.merge_size) * (wide // config.merge_size)
     size = (high * config.patch_size, wide * config.patch_size)
     return View(box, size, patch_grid, config.tokens_per_view or num_blocks)
+
+
+def _piecewise(value: float, cuts: list[int], step: int) -> float:
+    """`cuts[i]` becomes `i * step`, with straight lines between."""
+    piece = min(max(bisect_right(cuts, value) - 1, 0), len(cuts) - 2)
+    return (piece + (value - cuts[piece]) / (cuts[piece + 1] - cuts[piece])) * step
+
+
+def _piecewise_inverse(value: float, cuts: list[int], step: int) -> float:
+    piece = min(max(math.floor(value / step), 0), len(cuts) - 2)
+    return cuts[piece] + (value / step - piece) * (cuts[piece + 1] - cuts[piece])
 
 
 def _unknown_name(kind: str, name: object, known: Iterable[str]) -> str:

@@ -15,6 +15,11 @@ is that of `SlicePlan.views`: overview first, then slices row by row, each row c
 
 A chat is a sequence of messages, `<|role|>content<|end|>`, and `<|assistant|>` asks for an answer. Nothing but
 special tokens separates messages, so the ids of a prompt are a strict prefix of the ids of prompt and answer.
+
+An answer that counts points first: row and column of the patch that holds the centre of each object, in the order of
+rows and then columns, and after them the number: `<|2|><|5|><|2|><|9|>2`. Patches are those of the canvas that the
+slices tile (`SlicePlan.to_canvas`). Location tokens are left out of the decoded answer, as all special tokens are.
+(Counting by pointing: Deitke et al., 2024, "Molmo and PixMo", https://arxiv.org/abs/2409.17146.)
 """
 
 from __future__ import annotations
@@ -54,6 +59,9 @@ SPECIAL_TOKENS = (
 )
 """Every token of the schema, in the order of their ids."""
 
+LOCATION_TOKENS = tuple(f"<|{number}|>" for number in range(256))
+"""Rows and columns of patches, in which an answer may point at the image; a tokenizer need not have them."""
+
 ROLES = ("system", "user", "assistant")
 
 CHAT_TEMPLATE = """\
@@ -70,6 +78,8 @@ CHAT_TEMPLATE = """\
             {%- if block['type'] == 'text' and block['text'] is string -%}
                 {{- block['text'] -}}
             {%- elif block['type'] == 'image' -%}<|image|>
+            {%- elif block['type'] == 'points' and message['role'] == 'assistant' -%}
+                {%- for row, col in block['points'] -%}<|{{ row | int }}|><|{{ col | int }}|>{%- endfor -%}
             {%- else -%}{{ raise_exception("bad content block of type '" ~ block['type'] ~ "'; expected text or image") }}
             {%- endif -%}
         {%- endfor -%}
@@ -78,7 +88,13 @@ CHAT_TEMPLATE = """\
 {%- endfor -%}
 {%- if add_generation_prompt -%}<|assistant|>{%- endif -%}
 """  # noqa: E501  # a line of jinja
-"""Jinja template of a chat. Roles are listed one by one: a role pasted into `<|...|>` could forge any token."""
+"""Jinja template of a chat. Roles are listed one by one and points made numbers: a text pasted into `<|...|>` could
+forge any token."""
+
+
+def spell_image() -> str:
+    """Spells one image whose visual tokens stay out of the prompt (connector `cross_attention`): one placeholder."""
+    return IMAGE_START + IMAGE_TOKEN + IMAGE_END
 
 
 def spell_plan(plan: SlicePlan) -> str:

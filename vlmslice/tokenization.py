@@ -1,11 +1,11 @@
-"""The byte tokenizer of the bundled model: ids 0..255 are the bytes of UTF-8, the special tokens follow."""
+"""The byte tokenizer of the bundled model: ids 0..255 are the bytes of UTF-8, special and location tokens follow."""
 
 from __future__ import annotations
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
+from transformers import AddedToken, PreTrainedTokenizerFast
 
-from vlmslice.spatial_schema import add_special_tokens
+from vlmslice.spatial_schema import LOCATION_TOKENS, add_special_tokens
 
 
 def build_byte_tokenizer() -> PreTrainedTokenizerFast:
@@ -22,6 +22,9 @@ def build_byte_tokenizer() -> PreTrainedTokenizerFast:
         tokenizer_object=backend, padding_side="left", clean_up_tokenization_spaces=False
     )
     add_special_tokens(tokenizer)
+    tokenizer.add_tokens(
+        [AddedToken(token, special=True, normalized=False) for token in LOCATION_TOKENS], special_tokens=True
+    )
     return tokenizer
 
 

@@ -26,8 +26,8 @@ from vlmslice.training import Stage
 from vlmslice.vision_encoder import VlmSliceVisionConfig
 
 # A visual token as wide as this language model holds the two or three characters of a patch, not the eight of a block
-# of 2 x 2: see docs/experiments/connect.md. Beyond 1,024 of them it has not learned to find its way.
-SLICING = SlicingConfig(overview_resolution=160, merge_size=1, max_visual_tokens=1024)
+# of 2 x 2: see docs/experiments/connect.md.
+SLICING = SlicingConfig(overview_resolution=160, merge_size=1, max_visual_tokens=4096)
 
 GUIDE_LOSS_WEIGHT = 0.2
 
@@ -35,6 +35,7 @@ MATRICES = (
     "vision_encoder.vit.blocks.",
     "vision_encoder.stem.",
     "connector.",
+    "cross_attention.",
     "language_model.model.layers.",
 )
 
@@ -54,12 +55,24 @@ VISION = {
 }
 
 
-def build_processor(slicing: SlicingConfig = SLICING) -> VlmSliceProcessor:
-    return VlmSliceProcessor(VlmSliceImageProcessorPil(**slicing.to_dict()), build_byte_tokenizer())
+# Options of the connectors by which the language model looks at visual tokens beside the prompt; trained from nothing,
+# it looks from the first step on.
+CONNECTOR_OPTIONS: dict[str, dict] = {
+    "cross_attention": {"connector_heads": 4, "connector_scale": 1.0, "cross_attention_gate": 1.0},
+}
 
 
-def build_config(connector: str = "spatial_resampler", slicing: SlicingConfig = SLICING) -> VlmSliceConfig:
-    processor = build_processor(slicing)
+def build_processor(
+    slicing: SlicingConfig = SLICING, connector: str = "cross_attention"
+) -> VlmSliceProcessor:
+    image_processor = VlmSliceImageProcessorPil(**slicing.to_dict())
+    return VlmSliceProcessor(
+        image_processor, build_byte_tokenizer(), one_placeholder=connector == "cross_attention"
+    )
+
+
+def build_config(connector: str = "cross_attention", slicing: SlicingConfig = SLICING) -> VlmSliceConfig:
+    processor = build_processor(slicing, connector)
     tokenizer = processor.tokenizer
     text_config = LlamaConfig(
         hidden_size=256,
@@ -83,6 +96,7 @@ def build_config(connector: str = "spatial_resampler", slicing: SlicingConfig = 
         dense_loss_weight=0.3,
         guide_loss_weight=GUIDE_LOSS_WEIGHT,
         image_token_id=processor.image_token_id,
+        **CONNECTOR_OPTIONS.get(connector, {}),
     )
 
 
@@ -92,7 +106,7 @@ def _build_eye(previous: Path | None) -> nn.Module:
 
 
 def _build_reader(
-    previous: Path | None, connector: str = "spatial_resampler", slicing: SlicingConfig = SLICING
+    previous: Path | None, connector: str = "cross_attention", slicing: SlicingConfig = SLICING
 ) -> nn.Module:
     """The whole model, its encoder and dense head taken over from the stage before."""
     torch.manual_seed(1)
@@ -122,7 +136,7 @@ def _build_large(previous: Path | None) -> nn.Module:
 
 def _save_reader(model: nn.Module, folder: Path, dtype: torch.dtype = torch.float32) -> None:
     """Weights with everything that `from_pretrained` needs; the dense head stays out."""
-    processor = build_processor(SlicingConfig.from_dict(model.config.slicing))
+    processor = build_processor(SlicingConfig.from_dict(model.config.slicing), model.config.connector)
     model.stop_as(processor.tokenizer)
     model.config.dense_loss_weight = 0.0
     model.config.guide_loss_weight = 0.0
@@ -145,63 +159,65 @@ _COMMON = {
     "seed": 0,
 }
 
-# Fonts shrink slowly: one or two characters in a visual token are soon told apart, four or five never from nothing.
-# Paragraphs give five times as many characters to learn from as lines, at the same cost.
+# Pictures and texts grow as the loss falls: small pictures teach most per second. Paragraphs give five times as many
+# characters to learn from as lines, at the same cost.
 CURRICULUM = [
     Curriculum(
-        16_000,
+        4_800,
         TaskConfig(
             megapixels=(0.007, 0.016),
             max_aspect=2.0,
             num_words=(1, 1),
-            max_characters=7,
-            font_px=(26, 44),
+            max_characters=10,
+            font_px=(20, 44),
             max_count=3,
         ),
-        {"read": 0.8, "count": 0.2},
+        {"read": 0.75, "count": 0.25},
     ),
     Curriculum(
-        40_000,
+        22_400,
         TaskConfig(
-            megapixels=(0.007, 0.02),
-            max_aspect=2.0,
-            num_words=(1, 2),
-            max_characters=12,
-            font_px=(18, 44),
-            max_count=5,
-        ),
-        {"read": 0.8, "count": 0.2},
-    ),
-    Curriculum(
-        61_000,
-        TaskConfig(
-            megapixels=(0.008, 0.03),
+            megapixels=(0.007, 0.03),
             num_words=(1, 3),
-            max_characters=20,
-            font_px=(16, 50),
+            max_characters=24,
+            font_px=(14, 50),
             max_count=6,
             num_lines=(2, 3),
             max_answer=60,
             photo=0.1,
         ),
-        {"read": 0.4, "paragraph": 0.3, "count": 0.3},
+        {"read": 0.45, "paragraph": 0.35, "count": 0.2},
+    ),
+    Curriculum(
+        38_400,
+        TaskConfig(
+            megapixels=(0.01, 0.08),
+            num_words=(1, 5),
+            max_characters=40,
+            font_px=(13, 60),
+            max_count=8,
+            num_lines=(2, 4),
+            max_answer=90,
+            photo=0.1,
+        ),
+        {"read": 0.5, "paragraph": 0.3, "count": 0.2},
     ),
 ]
 
 WIDE = [
     Curriculum(
-        4_800,
-        TaskConfig(megapixels=(0.01, 0.2), max_characters=40, num_lines=(2, 4), max_answer=90, photo=0.1),
-        {"read": 0.5, "paragraph": 0.3, "count": 0.2},
+        9_600,
+        TaskConfig(megapixels=(0.02, 0.3), num_lines=(2, 5), max_answer=120, photo=0.1),
+        {"read": 0.55, "paragraph": 0.25, "count": 0.2},
     ),
 ]
 
 LARGE = [
-    Curriculum(960, TaskConfig(megapixels=(0.03, 1.2)), {"read": 0.75, "count": 0.25}),
+    Curriculum(1_600, TaskConfig(megapixels=(0.05, 2.5)), {"read": 0.75, "count": 0.25}),
 ]
 
 
-def nano(connector: str = "spatial_resampler", slicing: SlicingConfig = SLICING) -> list[Stage]:
+def nano(connector: str = "cross_attention", slicing: SlicingConfig = SLICING) -> list[Stage]:
     """Teaches the eye densely, connects it to a byte-level language model, then widens it to large pictures.
 
     Command: `OMP_NUM_THREADS=1 torchrun --nproc_per_node 2 train/train.py --recipe nano --output-dir runs/nano`
@@ -213,7 +229,9 @@ def nano(connector: str = "spatial_resampler", slicing: SlicingConfig = SLICING)
     eye = Stage(
         name="eye",
         model=_build_eye,
-        dataset=DenseCropDataset(DenseCropConfig(group=64, text_share=0.8, easy_samples=20_000, least_easy=0.1), fonts),
+        dataset=DenseCropDataset(
+            DenseCropConfig(group=64, text_share=0.8, easy_samples=20_000, least_easy=0.1), fonts
+        ),
         collator=collate_crops,
         arguments=_COMMON
         | {
@@ -233,7 +251,7 @@ def nano(connector: str = "spatial_resampler", slicing: SlicingConfig = SLICING)
         name="read",
         model=partial(_build_reader, connector=connector, slicing=slicing),
         dataset=TaskDataset(CURRICULUM, fonts, group=32),
-        collator=TaskCollator(build_processor(slicing)),
+        collator=TaskCollator(build_processor(slicing, connector)),
         arguments=_COMMON
         | {
             "per_device_train_batch_size": 32,
@@ -241,6 +259,8 @@ def nano(connector: str = "spatial_resampler", slicing: SlicingConfig = SLICING)
             "lr_scheduler_type": "constant_with_warmup",
             "warmup_steps": 100,
             "max_steps": CURRICULUM[-1].until // 32,
+            "logging_steps": 25,
+            "save_steps": 50,
         },
         save=_save_reader,
         learning_rates={"vision_encoder.": 0.5},
@@ -252,7 +272,7 @@ def nano(connector: str = "spatial_resampler", slicing: SlicingConfig = SLICING)
         name="wide",
         model=_build_wide,
         dataset=TaskDataset(WIDE, fonts, group=8, name="wide"),
-        collator=TaskCollator(build_processor(slicing), dense=False),
+        collator=TaskCollator(build_processor(slicing, connector), dense=False),
         arguments=_COMMON
         | {
             "per_device_train_batch_size": 8,
@@ -271,7 +291,7 @@ def nano(connector: str = "spatial_resampler", slicing: SlicingConfig = SLICING)
         name="large",
         model=_build_large,
         dataset=TaskDataset(LARGE, fonts, group=4, name="large"),
-        collator=TaskCollator(build_processor(slicing), dense=False, guide=False),
+        collator=TaskCollator(build_processor(slicing, connector), dense=False, guide=False),
         arguments=_COMMON
         | {
             "per_device_train_batch_size": 4,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 
 from vlmslice.data.fonts import FontLibrary
@@ -56,6 +56,7 @@ class TaskSample:
     Attributes:
         places: for each character of the answer, the points (y, x) of the picture that it rests on; empty where no
             place is known.
+        points: centres of the objects that are counted; the answer points at each of them first.
     """
 
     task: str
@@ -63,12 +64,15 @@ class TaskSample:
     question: str
     answer: str
     places: list[list[Place]] = field(default_factory=list)
+    points: list[Place] = field(default_factory=list)
 
-    @property
-    def messages(self) -> list[dict]:
-        """The sample as a conversation with one image."""
-        content = [{"type": "image"}, {"type": "text", "text": self.question}]
-        return [{"role": "user", "content": content}, {"role": "assistant", "content": self.answer}]
+    def messages(self, points: Sequence[tuple[int, int]] = ()) -> list[dict]:
+        """The sample as a conversation with one image; `points` are rows and columns, see `spatial_schema`."""
+        question = [{"type": "image"}, {"type": "text", "text": self.question}]
+        answer: list[dict] = [{"type": "text", "text": self.answer}]
+        if points:
+            answer.insert(0, {"type": "points", "points": list(points)})
+        return [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
 
 
 Task = Callable[[random.Random, TaskConfig, FontLibrary, int, int], TaskSample]

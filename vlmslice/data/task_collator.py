@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Sequence
+from itertools import zip_longest
 
 import torch
 from transformers import BatchFeature
@@ -11,10 +13,14 @@ from transformers import BatchFeature
 from vlmslice.connectors import query_grid
 from vlmslice.data.collator import IGNORED, VlmSliceCollator
 from vlmslice.data.dense import CELLS_PER_SIDE, HEADS, label_cells
+from vlmslice.data.samples import Place
 from vlmslice.data.tasks import TaskSample
 from vlmslice.processing import VlmSliceProcessor
 from vlmslice.slicing import SlicePlan, View
-from vlmslice.spatial_schema import IMAGE_TOKEN
+from vlmslice.spatial_schema import IMAGE_TOKEN, LOCATION_TOKENS
+
+Cell = tuple[int, int]
+"""Row and column of a patch on the canvas."""
 
 
 class TaskCollator:
@@ -23,26 +29,41 @@ class TaskCollator:
     - `label_NAME`: `int64[V, T, cells]` for every name in `HEADS`, following the very plan by which the image
       processor cuts the picture; left out with `dense=False`
     - `guide_entries`, `guide_shares`: see `attention_guide.guide_loss`; left out with `guide=False`. The place of a
-      character is the visual token of the slice that covers its centre. Needs a tokenizer with one id per UTF-8 byte
-      of the answers.
+      character, or of an object that is counted, is the visual token of the slice that covers its centre. Needs a
+      tokenizer with one id per UTF-8 byte of the answers.
+
+    Answers that count point at the objects first; left out with `points=False`, for a tokenizer without location
+    tokens.
     """
 
-    def __init__(self, processor: VlmSliceProcessor, dense: bool = True, guide: bool = True):
+    def __init__(
+        self, processor: VlmSliceProcessor, dense: bool = True, guide: bool = True, points: bool = True
+    ):
         self.processor = processor
+        self.points = points
         self.dense = dense
         self.guide = guide
         self._conversations = VlmSliceCollator(processor)
         self._image_id = processor.tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)
 
     def __call__(self, samples: Sequence[TaskSample]) -> BatchFeature:
-        batch = self._conversations([{"messages": s.messages, "images": [s.scene.image]} for s in samples])
         plans = [
             self.processor.image_processor.plan(s.scene.image.height, s.scene.image.width) for s in samples
         ]
+        points = [
+            _sorted_points(sample, plan) if self.points else []
+            for sample, plan in zip(samples, plans, strict=True)
+        ]
+        batch = self._conversations(
+            [
+                {"messages": sample.messages([cell for cell, _ in shown]), "images": [sample.scene.image]}
+                for sample, shown in zip(samples, points, strict=True)
+            ]
+        )
         if self.dense:
             batch.update(self._cell_labels(samples, plans, batch["pixel_values"].shape[:2]))
         if self.guide:
-            batch.update(self._guide(samples, plans, batch["input_ids"], batch["labels"]))
+            batch.update(self._guide(samples, plans, points, batch["input_ids"], batch["labels"]))
         return batch
 
     @staticmethod
@@ -62,26 +83,30 @@ class TaskCollator:
         self,
         samples: Sequence[TaskSample],
         plans: list[SlicePlan],
+        points: list[list[tuple[Cell, Place]]],
         input_ids: torch.Tensor,
         labels: torch.Tensor,
     ) -> dict[str, torch.Tensor]:
         entries, shares = [], []
-        for row, (sample, plan) in enumerate(zip(samples, plans, strict=True)):
-            if not any(sample.places):
+        for row, (sample, plan, shown) in enumerate(zip(samples, plans, points, strict=True)):
+            if not shown and not any(sample.places):
                 continue
-            places_of_bytes = [
-                places
-                for character, places in zip(sample.answer, sample.places, strict=True)
-                for _ in character.encode()
-            ]
+            places_of_ids = [[center] for _, center in shown for _ in ("row", "column")]
+            for character, places in zip_longest(sample.answer, sample.places, fillvalue=[]):
+                places_of_ids += [places] * len(character.encode())
             answer = _positions(labels[row] != IGNORED)
-            if len(answer) != len(places_of_bytes) + 1:
+            if len(answer) != len(places_of_ids) + 1:
                 raise ValueError(
-                    f"the answer {sample.answer!r} has {len(answer)} ids, expected one per byte and the end; "
-                    "leave `places` out of samples for this tokenizer"
+                    f"the answer {sample.answer!r} has {len(answer)} ids, expected two per point, one per byte and the "
+                    "end; leave `places` out of samples for this tokenizer, and pass points=False"
                 )
-            placeholders = _positions(input_ids[row] == self._image_id)
-            for position, places in zip(answer, places_of_bytes, strict=False):
+            # With the connector `cross_attention` it is not a position but the number of a visual token.
+            placeholders = (
+                range(plan.num_visual_tokens)
+                if self.processor.one_placeholder
+                else _positions(input_ids[row] == self._image_id)
+            )
+            for position, places in zip(answer, places_of_ids, strict=False):
                 tokens = [self._find_visual_token(plan, y, x) for y, x in places]
                 for token, number in Counter(tokens).items():
                     entries.append([row, position - 1, placeholders[token]])
@@ -111,6 +136,22 @@ class TaskCollator:
             return query_grid(view.num_visual_tokens)
         rows, cols = view.patch_grid
         return rows // image_processor.merge_size, cols // image_processor.merge_size
+
+
+def _sorted_points(sample: TaskSample, plan: SlicePlan) -> list[tuple[Cell, Place]]:
+    """Patch of the canvas and centre of each object that the answer points at, in the order of pointing.
+
+    Raises:
+        ValueError: a patch lies beyond the location tokens.
+    """
+    cells = [tuple(math.floor(part) for part in plan.to_canvas(*point)) for point in sample.points]
+    furthest = max((part for cell in cells for part in cell), default=0)
+    if furthest >= len(LOCATION_TOKENS):
+        raise ValueError(
+            f"an object lies in row or column {furthest} of the canvas, expected less than {len(LOCATION_TOKENS)}; "
+            "lower max_aspect of the pictures or max_visual_tokens of the processor"
+        )
+    return sorted(zip(cells, sample.points, strict=True))  # type: ignore[arg-type]  # a cell is a pair
 
 
 def _positions(mask: torch.Tensor) -> list[int]:

@@ -140,12 +140,10 @@ def count_shapes(
         things = f"{asked_color} {plural(asked_kind)}"
     placed = scatter_shapes(rng, image, wanted, radii)
     # A shape that found no room is not there: the answer counts what was drawn.
-    answer = str(
-        sum(_matches(shape.kind, shape.color, form, asked_kind, asked_color, things) for shape in placed)
-    )
+    centers = [s.center for s in placed if _matches(s.kind, s.color, form, asked_kind, asked_color, things)]
     scene = Scene(add_camera_effects(rng, image), shapes=placed)
     question = rng.choice(COUNT_QUESTIONS).format(things=things)
-    return TaskSample("count", scene, question, answer)
+    return TaskSample("count", scene, question, str(len(centers)), points=centers)
 
 
 def plural(kind: str) -> str:

@@ -1,0 +1,174 @@
+"""The connector `cross_attention`: language layers look at visual tokens that do not stand in the prompt.
+
+Legend: B samples, L text tokens, M visual tokens of a sample (padded), H heads, K head width, E text width.
+
+In front of chosen layers of the language model, every text token attends over all visual tokens of its sample, and
+what it finds is added to it through a gate (Alayrac et al., 2022, https://arxiv.org/abs/2204.14198; CogAgent, Hong et
+al., 2023, https://arxiv.org/abs/2312.08914). A visual token costs two small projections in each of these layers
+instead of the whole layer, and the prompt holds one placeholder for each image, so thousands of tokens stay cheap.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from transformers import PreTrainedModel
+
+from vlmslice.config import VlmSliceConfig
+from vlmslice.position_embedding import sincos_2d
+
+
+class VisualMemory(NamedTuple):
+    """What the layers look at; computed once for a prompt and kept while its answer is generated.
+
+    Attributes:
+        keys, values: `[B, H, M + 1, K]` for every looking layer. The last is a place where nothing is.
+        mask: `bool[B, 1, 1, M + 1]`, False at padding.
+    """
+
+    keys: tuple[torch.Tensor, ...]
+    values: tuple[torch.Tensor, ...]
+    mask: torch.Tensor
+
+
+class GatedCrossAttention(nn.Module):
+    """What one layer of the language model sees of the images: `hidden + tanh(gate) * attention`."""
+
+    def __init__(self, text_dim: int, num_heads: int, head_dim: int, gate: float):
+        super().__init__()
+        self.num_heads, self.head_dim = num_heads, head_dim
+        inner = num_heads * head_dim
+        self.norm = nn.RMSNorm(text_dim, eps=1e-6)
+        self.query = nn.Linear(text_dim, inner, bias=False)
+        self.key = nn.Linear(text_dim, inner, bias=False)
+        self.value = nn.Linear(text_dim, inner, bias=False)
+        self.output = nn.Linear(inner, text_dim, bias=False)
+        self.gate = nn.Parameter(torch.empty(()))
+        self._initial_gate = gate
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        for linear in (self.query, self.key, self.value, self.output):
+            nn.init.normal_(linear.weight, std=linear.in_features**-0.5)
+        nn.init.ones_(self.norm.weight)
+        nn.init.constant_(self.gate, self._initial_gate)
+
+    def project(self, tokens_BME: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Keys and values `[B, H, M + 1, K]`: of the tokens, and zeros, on which nothing is found."""
+        keys, values = (
+            F.pad(self._heads(layer(tokens_BME)), (0, 0, 0, 1)) for layer in (self.key, self.value)
+        )
+        return keys, values
+
+    def forward(
+        self,
+        hidden_BLE: torch.Tensor,
+        keys_BHMK: torch.Tensor,
+        values_BHMK: torch.Tensor,
+        mask_B11M: torch.Tensor,
+        with_weights: bool = False,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """The new hidden states, and `[B, H, L, M + 1]` attention weights if asked for."""
+        queries_BHLK = self._heads(self.query(self.norm(hidden_BLE)))
+        keys_BHMK, values_BHMK = keys_BHMK.to(queries_BHLK.dtype), values_BHMK.to(queries_BHLK.dtype)
+        weights = None
+        if with_weights:
+            logits_BHLM = queries_BHLK @ keys_BHMK.transpose(-1, -2) / math.sqrt(self.head_dim)
+            weights = logits_BHLM.float().masked_fill(~mask_B11M, float("-inf")).softmax(-1)
+            found_BHLK = weights.to(values_BHMK.dtype) @ values_BHMK
+        else:
+            found_BHLK = F.scaled_dot_product_attention(
+                queries_BHLK, keys_BHMK, values_BHMK, attn_mask=mask_B11M
+            )
+        found_BLE = self.output(found_BHLK.transpose(1, 2).flatten(2))
+        return hidden_BLE + self.gate.tanh().to(found_BLE.dtype) * found_BLE, weights
+
+    def _heads(self, x: torch.Tensor) -> torch.Tensor:
+        return x.unflatten(-1, (self.num_heads, self.head_dim)).transpose(1, 2)
+
+
+class CrossAttentionLayers(nn.Module):
+    """One `GatedCrossAttention` in front of every `cross_attention_interval`-th layer of a language model.
+
+    The layers are reached by hooks, so any causal language model of transformers will do, and its weights keep their
+    names. `look_at` must be called before each run of the language model.
+    """
+
+    def __init__(self, config: VlmSliceConfig, language_model: PreTrainedModel):
+        super().__init__()
+        decoder_layers = find_decoder_layers(language_model)
+        # The last of each group, so that a model of one group still reads the question before it looks.
+        self.chosen = range(
+            config.cross_attention_interval - 1, len(decoder_layers), config.cross_attention_interval
+        )
+        text_dim = config.text_config.hidden_size
+        self.layers = nn.ModuleList(
+            GatedCrossAttention(
+                text_dim, config.connector_heads, config.connector_head_dim, config.cross_attention_gate
+            )
+            for _ in self.chosen
+        )
+        self._scale = config.connector_scale
+        self._memory: VisualMemory | None = None
+        self._with_weights = False
+        self.weights: list[torch.Tensor] = []
+        for number, index in enumerate(self.chosen):
+            decoder_layers[index].register_forward_pre_hook(partial(self._look, number), with_kwargs=True)
+
+    def number_images(self, num_images: int, like: torch.Tensor) -> torch.Tensor:
+        """`[num_images, E]`, added to the visual tokens of the k-th image of a sample and to its placeholder."""
+        width = like.shape[-1] // 4 * 4
+        numbers = torch.arange(num_images, device=like.device)
+        embedding = self._scale * sincos_2d(torch.stack([numbers, numbers], dim=-1), width, longest=100.0)
+        return F.pad(embedding, (0, like.shape[-1] - width)).to(like.dtype)
+
+    def remember(self, tokens_of_samples: Sequence[torch.Tensor]) -> VisualMemory:
+        """Keys and values of the visual tokens of each sample, `[tokens, E]`; a sample may have none."""
+        lengths = torch.tensor([len(tokens) for tokens in tokens_of_samples])
+        tokens_BME = nn.utils.rnn.pad_sequence(list(tokens_of_samples), batch_first=True)
+        mask = torch.arange(tokens_BME.shape[1])[None] < lengths[:, None]
+        keys, values = zip(*(layer.project(tokens_BME) for layer in self.layers), strict=True)
+        mask = F.pad(mask, (0, 1), value=True)[:, None, None].to(tokens_BME.device)
+        return VisualMemory(keys, values, mask)
+
+    def look_at(self, memory: VisualMemory | None, with_weights: bool = False) -> None:
+        """Sets what the layers look at from now on: nothing, with None. Afterwards `weights` holds those asked for.
+
+        It stays until the next call: gradient checkpointing runs the layers again in the backward pass.
+        """
+        self._memory, self._with_weights, self.weights = memory, with_weights, []
+
+    def _look(
+        self, number: int, module: nn.Module, args: tuple, kwargs: dict[str, Any]
+    ) -> tuple[tuple, dict]:
+        if self._memory is None:
+            return args, kwargs
+        memory = self._memory
+        hidden, weights = self.layers[number](
+            args[0], memory.keys[number], memory.values[number], memory.mask, self._with_weights
+        )
+        if weights is not None:
+            self.weights.append(weights)
+        return (hidden, *args[1:]), kwargs
+
+
+def find_decoder_layers(language_model: PreTrainedModel) -> nn.ModuleList:
+    """The list of a language model's layers, whatever its name.
+
+    Raises:
+        ValueError: there is none with as many layers as the config tells.
+    """
+    expected = language_model.config.num_hidden_layers
+    for module in language_model.modules():
+        if isinstance(module, nn.ModuleList) and len(module) == expected:
+            return module
+    raise ValueError(
+        f"{type(language_model).__name__} has no list of {expected} layers, expected one to put cross-attention in "
+        "front of; use another connector"
+    )
