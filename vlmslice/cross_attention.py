@@ -13,7 +13,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
@@ -133,7 +133,9 @@ class CrossAttentionLayers(nn.Module):
         lengths = torch.tensor([len(tokens) for tokens in tokens_of_samples])
         tokens_BME = nn.utils.rnn.pad_sequence(list(tokens_of_samples), batch_first=True)
         mask = torch.arange(tokens_BME.shape[1])[None] < lengths[:, None]
-        keys, values = zip(*(layer.project(tokens_BME) for layer in self.layers), strict=True)
+        keys, values = zip(
+            *(cast(GatedCrossAttention, layer).project(tokens_BME) for layer in self.layers), strict=True
+        )
         mask = F.pad(mask, (0, 1), value=True)[:, None, None].to(tokens_BME.device)
         return VisualMemory(keys, values, mask)
 

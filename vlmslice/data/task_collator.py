@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Sequence
-from itertools import zip_longest
 
 import torch
 from transformers import BatchFeature
@@ -92,7 +91,8 @@ class TaskCollator:
             if not shown and not any(sample.places):
                 continue
             places_of_ids = [[center] for _, center in shown for _ in ("row", "column")]
-            for character, places in zip_longest(sample.answer, sample.places, fillvalue=[]):
+            places_of_characters = sample.places or [[] for _ in sample.answer]
+            for character, places in zip(sample.answer, places_of_characters, strict=True):
                 places_of_ids += [places] * len(character.encode())
             answer = _positions(labels[row] != IGNORED)
             if len(answer) != len(places_of_ids) + 1:
