@@ -90,7 +90,15 @@ class TestAsk:
     ) -> None:
         result = self.ask(vlmslice_command, saved_model, image_file, image_file, "read", "--json")
         fields = json.loads(result.out)
-        assert list(fields) == ["answer", "plans", "num_visual_tokens", "num_new_tokens", "model", "seconds"]
+        assert list(fields) == [
+            "answer",
+            "points",
+            "plans",
+            "num_visual_tokens",
+            "num_new_tokens",
+            "model",
+            "seconds",
+        ]
         assert len(fields["plans"]) == 2
         assert fields["num_visual_tokens"] == sum(plan["num_visual_tokens"] for plan in fields["plans"])
         assert fields["num_new_tokens"] == 8

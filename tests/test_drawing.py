@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from vlmslice.drawing import _LINE, draw_plan
+from vlmslice.drawing import _LINE, _POINT, draw_plan
 from vlmslice.slicing import SlicingConfig, plan_slices
 
 
@@ -52,6 +52,14 @@ def test_overview_is_shown_as_the_encoder_gets_it() -> None:
 def test_one_view_has_no_overview() -> None:
     image, picture = draw(200, 200)
     assert picture.height == 16 + 44 + 480 + 16  # caption and the image, enlarged for the eye
+
+
+def test_points_are_dots_at_their_places() -> None:
+    image = Image.new("RGB", (800, 600), "white")
+    picture = draw_plan(image, plan_slices(600, 800), points=[(100.0, 300.0), (599.0, 0.0)])
+    for y, x in [(100, 300), (595, 2)]:
+        assert picture.getpixel((16 + x, 16 + 44 + y)) == _POINT
+    assert picture.getpixel((16 + 320, 16 + 44 + 100)) == (255, 255, 255)
 
 
 def test_plan_of_another_image() -> None:

@@ -53,6 +53,17 @@ class TestAsk:
         assert list(seconds) == ["process", "first_token", "decode"]
         assert all(0 < value < 60 for value in seconds.values())
 
+    def test_points_of_one_image_are_in_its_pixels(self, assistant: Assistant) -> None:
+        """Of two objects in the rows and columns (0, 1) and (3, 0) of a canvas; the last row has no column."""
+        tokenizer = assistant.processor.tokenizer
+        ids = tokenizer("<|0|><|1|><|3|><|0|>2<|7|>").input_ids
+        plan = assistant.processor.image_processor.plan(100, 200)
+        height, width = (100 / plan.canvas_boxes[0][2], 200 / plan.canvas_boxes[0][3])
+        points = assistant._points((plan,), torch.tensor(ids))
+        expected = [(0.5 * height, 1.5 * width), (3.5 * height, 0.5 * width)]
+        assert [pytest.approx(point) for point in expected] == list(points)
+        assert assistant._points((plan, plan), torch.tensor(ids)) == ()
+
     def test_bad_image_and_policy(self, assistant: Assistant, tmp_path: Path) -> None:
         broken = tmp_path / "broken.png"
         noise_image(40, 40).save(broken)

@@ -11,6 +11,7 @@ import os
 import re
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
@@ -103,9 +104,11 @@ def ask(
     - `vlmslice ask one.png two.png "What do they say?" --json`
     - `cat shapes.png | vlmslice ask - "How many circles are there?"`
 
-    With `--json`: `answer`, `plans` (one for each image), `num_visual_tokens`, `num_new_tokens`, `model` and `seconds`
-    by stage: `load` (Python, libraries, weights), `process` (images to model inputs), `first_token` (encode and read
-    the prompt), `decode` (the rest of the answer).
+    Where the answer points at a single image, as counts do, `--show-slices` draws the points, too.
+
+    With `--json`: `answer`, `points` (`[y, x]` in pixels of the image), `plans` (one for each image),
+    `num_visual_tokens`, `num_new_tokens`, `model` and `seconds` by stage: `load` (Python, libraries, weights),
+    `process` (images to model inputs), `first_token` (encode and read the prompt), `decode` (the rest of the answer).
     """
     start = time.perf_counter()
     from vlmslice.image_loading import load_image
@@ -135,6 +138,7 @@ def ask(
         _print_json(
             {
                 "answer": answer.text,
+                "points": [[round(part, 1) for part in point] for point in answer.points],
                 "plans": [plan.to_dict() for plan in answer.plans],
                 "num_visual_tokens": answer.num_visual_tokens,
                 "num_new_tokens": answer.num_new_tokens,
@@ -146,7 +150,7 @@ def ask(
         print(flush=True)
         _note(_summarize(answer, seconds))
     for path, picture, plan in zip(outputs, pictures, answer.plans, strict=False):
-        _draw(picture, plan, path)
+        _draw(picture, plan, path, answer.points)
         _note(f"slices drawn to {path}")
 
 
@@ -412,10 +416,12 @@ def _picture_paths(path: Path, num_images: int) -> list[Path]:
     return [path.with_stem(f"{path.stem}-{number}") for number in range(1, num_images + 1)]
 
 
-def _draw(picture: Image.Image, plan: SlicePlan, path: Path) -> None:
+def _draw(
+    picture: Image.Image, plan: SlicePlan, path: Path, points: Sequence[tuple[float, float]] = ()
+) -> None:
     from vlmslice.drawing import draw_plan
 
-    _save(draw_plan(picture, plan), path)
+    _save(draw_plan(picture, plan, points), path)
 
 
 def _save(picture: Image.Image, path: Path) -> None:

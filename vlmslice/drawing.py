@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from PIL import Image, ImageDraw, ImageFont
 
 from vlmslice.slicing import SlicePlan, View
 
 _LINE = (214, 39, 40)
+_POINT = (31, 119, 180)
 _INK = (40, 40, 40)
 _PAPER = (255, 255, 255)
 _FRAME = (200, 200, 200)
@@ -14,7 +17,7 @@ _MARGIN = 16
 _MIN_SIDE, _MAX_SIDE = 480, 1600  # of the drawn image's longer side
 
 
-def draw_plan(image: Image.Image, plan: SlicePlan) -> Image.Image:
+def draw_plan(image: Image.Image, plan: SlicePlan, points: Sequence[tuple[float, float]] = ()) -> Image.Image:
     """The image with the grid of its slices, numbered in the order in which the model reads them, and the overview.
 
     The overview stands below a wide image and beside a tall one, in the pixels that the vision encoder gets. The image
@@ -23,6 +26,7 @@ def draw_plan(image: Image.Image, plan: SlicePlan) -> Image.Image:
     Args:
         image: As `load_image` returns it.
         plan: Of this image.
+        points: (y, x) in px of the image, shown as dots; see `Answer.points`.
 
     Raises:
         ValueError: The plan is for an image of another size.
@@ -33,6 +37,7 @@ def draw_plan(image: Image.Image, plan: SlicePlan) -> Image.Image:
             f"{image.height} x {image.width}; plan the image that is drawn"
         )
     overlay = _draw_grid(image, plan)
+    _draw_points(overlay, points, overlay.height / image.height, overlay.width / image.width)
     panels = [(_describe_slices(plan), overlay)]
     if plan.overview is not None:
         height, width = plan.overview.size
@@ -61,6 +66,16 @@ def _draw_grid(image: Image.Image, plan: SlicePlan) -> Image.Image:
             canvas.rectangle((text_left - 4, text_top - 3, text_right + 3, text_bottom + 2), fill=_LINE)
             canvas.text((left + 5, top + 3), str(number), font=font, fill=_PAPER)
     return drawn
+
+
+def _draw_points(
+    overlay: Image.Image, points: Sequence[tuple[float, float]], scale_y: float, scale_x: float
+) -> None:
+    canvas = ImageDraw.Draw(overlay)
+    for y, x in points:
+        center, radius = (x * scale_x, y * scale_y), 6
+        box = [center[0] - radius, center[1] - radius, center[0] + radius, center[1] + radius]
+        canvas.ellipse(box, fill=_POINT, outline=_PAPER, width=2)
 
 
 def _describe_slices(plan: SlicePlan) -> str:

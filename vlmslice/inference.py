@@ -31,6 +31,8 @@ class Answer:
         num_new_tokens: Tokens of the answer, its end included.
         seconds: By stage: `process` (load the images, plan, slice, spell the prompt), `first_token` (encode the views,
             read the prompt), `decode` (the rest of the answer).
+        points: Where the answer points at its image, (y, x) in px; see `spatial_schema`. A question about several
+            images has none, as a point does not say which it is on.
     """
 
     text: str
@@ -38,6 +40,7 @@ class Answer:
     num_visual_tokens: int
     num_new_tokens: int
     seconds: dict[str, float]
+    points: tuple[tuple[float, float], ...] = ()
 
 
 class Assistant:
@@ -127,6 +130,7 @@ class Assistant:
                 "first_token": streamer.first_token_at - processed,
                 "decode": done - streamer.first_token_at,
             },
+            points=self._points(plans, output[0, inputs["input_ids"].shape[1] :]),
         )
 
     def ask_batch(
@@ -169,8 +173,17 @@ class Assistant:
         new_ids = output[:, inputs["input_ids"].shape[1] :]
         texts = self.processor.batch_decode(new_ids, skip_special_tokens=True)
         return [
-            Answer(text, of_sample, sum(plan.num_visual_tokens for plan in of_sample), num_new, dict(seconds))
-            for text, of_sample, num_new in zip(texts, plans, self._answer_lengths(new_ids), strict=True)
+            Answer(
+                text,
+                of_sample,
+                sum(plan.num_visual_tokens for plan in of_sample),
+                num_new,
+                dict(seconds),
+                self._points(of_sample, ids),
+            )
+            for text, of_sample, num_new, ids in zip(
+                texts, plans, self._answer_lengths(new_ids), new_ids, strict=True
+            )
         ]
 
     def _encode(
@@ -197,6 +210,13 @@ class Assistant:
             chats, add_generation_prompt=True, tokenize=True, return_dict=True, processor_kwargs=slicing
         )
         return plans, inputs.to(self.model.device)
+
+    def _points(self, plans: tuple[SlicePlan, ...], ids: torch.Tensor) -> tuple[tuple[float, float], ...]:
+        if len(plans) != 1:
+            return ()
+        cells = self.processor.find_points(ids.tolist())
+        # A location names a patch; the middle of it is shown.
+        return tuple(plans[0].to_image(row + 0.5, col + 0.5) for row, col in cells)
 
     def _answer_lengths(self, new_ids: torch.Tensor) -> list[int]:
         """Tokens of each row up to its end token, which counts, and without the padding behind it."""

@@ -28,6 +28,7 @@ from vlmslice.spatial_schema import (
     IMAGE_END,
     IMAGE_START,
     IMAGE_TOKEN,
+    LOCATION_TOKENS,
     SPECIAL_TOKENS,
     build_chat_template,
     spell_image,
@@ -189,6 +190,12 @@ class VlmSliceProcessor(ProcessorMixin):
     def replace_image_token(self, image_inputs: dict[str, Any], image_idx: int, **kwargs: Any) -> str:
         """The text that stands in for the placeholder of one image."""
         return spell_image() if self.one_placeholder else spell_plan(image_inputs["plans"][image_idx])
+
+    def find_points(self, ids: Sequence[int]) -> list[tuple[int, int]]:
+        """Row and column of each patch that an answer points at; see `spatial_schema`. A row without column is none."""
+        numbers = {self.tokenizer.convert_tokens_to_ids(token): i for i, token in enumerate(LOCATION_TOKENS)}
+        found = [numbers[token] for token in ids if token in numbers]
+        return list(zip(found[::2], found[1::2], strict=False))
 
     @property
     def unused_input_names(self) -> list[str]:
