@@ -127,10 +127,14 @@ def _build_wide(previous: Path | None) -> nn.Module:
 
 
 def _build_large(previous: Path | None) -> nn.Module:
-    """As `_build_wide`, without the guide loss: attention weights of thousands of tokens would fill the memory."""
+    """As `_build_wide`; without the guide loss where thousands of visual tokens stand in the prompt.
+
+    Their attention weights, of each for each, would fill the memory.
+    """
     model = _build_wide(previous)
-    model.config.guide_loss_weight = 0.0
-    model.set_attn_implementation({"text_config": "sdpa"})
+    if model.cross_attention is None:
+        model.config.guide_loss_weight = 0.0
+        model.set_attn_implementation({"text_config": "sdpa"})
     return model
 
 
@@ -206,7 +210,7 @@ CURRICULUM = [
 
 WIDE = [
     Curriculum(
-        9_600,
+        8_000,
         TaskConfig(megapixels=(0.02, 0.3), num_lines=(2, 5), max_answer=120, photo=0.1),
         {"read": 0.55, "paragraph": 0.25, "count": 0.2},
     ),
@@ -291,7 +295,9 @@ def nano(connector: str = "cross_attention", slicing: SlicingConfig = SLICING) -
         name="large",
         model=_build_large,
         dataset=TaskDataset(LARGE, fonts, group=4, name="large"),
-        collator=TaskCollator(build_processor(slicing, connector), dense=False, guide=False),
+        collator=TaskCollator(
+            build_processor(slicing, connector), dense=False, guide=connector == "cross_attention"
+        ),
         arguments=_COMMON
         | {
             "per_device_train_batch_size": 4,
