@@ -141,6 +141,26 @@ class TestPlaces:
         answer = batch["input_ids"][0][batch["labels"][0] != IGNORED].tolist()
         assert collator.processor.tokenizer.decode(answer) == f"{sample.answer}<|end|>"
 
+    def test_moved_canvas_moves_points_and_views_alike(self):
+        """Half of the pictures stay; the others move as a whole, wherever they are in a batch."""
+        plain, moved = build_collator(), build_collator()
+        moved.canvas_side = 40
+        samples = draw("count", 24)
+        distances = set()
+        for sample in samples:
+            before, after = plain([sample]), moved([sample])
+            [shift] = (after["canvas_boxes"] - before["canvas_boxes"]).unique(dim=0).tolist()
+            assert shift[:2] == shift[2:] and min(shift) >= 0 and after["canvas_boxes"].max() <= 40
+            points = [
+                moved.processor.find_points(batch["input_ids"][0].tolist()) for batch in (before, after)
+            ]
+            assert points[1] == [(row + shift[0], col + shift[1]) for row, col in points[0]]
+            assert torch.equal(before["guide_entries"], after["guide_entries"])
+            distances.add(tuple(shift[:2]))
+        assert (0, 0) in distances and len(distances) > 6
+        together = moved(samples[:4])["canvas_boxes"]
+        assert torch.equal(together, torch.cat([moved([sample])["canvas_boxes"] for sample in samples[:4]]))
+
     def test_point_beyond_the_location_tokens_is_refused(self):
         collator = build_collator()
         [sample] = draw("count", 1)

@@ -31,6 +31,9 @@ SLICING = SlicingConfig(overview_resolution=160, merge_size=1, max_visual_tokens
 
 GUIDE_LOSS_WEIGHT = 0.2
 
+# Rows and columns of patches that 4,096 visual tokens may take: up to 1:4 in shape.
+CANVAS_SIDE = 128
+
 MATRICES = (
     "vision_encoder.vit.blocks.",
     "vision_encoder.stem.",
@@ -255,7 +258,7 @@ def nano(connector: str = "cross_attention", slicing: SlicingConfig = SLICING) -
         name="read",
         model=partial(_build_reader, connector=connector, slicing=slicing),
         dataset=TaskDataset(CURRICULUM, fonts, group=32),
-        collator=TaskCollator(build_processor(slicing, connector)),
+        collator=TaskCollator(build_processor(slicing, connector), canvas_side=CANVAS_SIDE),
         arguments=_COMMON
         | {
             "per_device_train_batch_size": 32,
@@ -276,7 +279,7 @@ def nano(connector: str = "cross_attention", slicing: SlicingConfig = SLICING) -
         name="wide",
         model=_build_wide,
         dataset=TaskDataset(WIDE, fonts, group=8, name="wide"),
-        collator=TaskCollator(build_processor(slicing, connector), dense=False),
+        collator=TaskCollator(build_processor(slicing, connector), dense=False, canvas_side=CANVAS_SIDE),
         arguments=_COMMON
         | {
             "per_device_train_batch_size": 8,
@@ -296,7 +299,10 @@ def nano(connector: str = "cross_attention", slicing: SlicingConfig = SLICING) -
         model=_build_large,
         dataset=TaskDataset(LARGE, fonts, group=4, name="large"),
         collator=TaskCollator(
-            build_processor(slicing, connector), dense=False, guide=connector == "cross_attention"
+            build_processor(slicing, connector),
+            dense=False,
+            guide=connector == "cross_attention",
+            canvas_side=CANVAS_SIDE,
         ),
         arguments=_COMMON
         | {
