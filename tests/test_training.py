@@ -215,6 +215,8 @@ def test_help_and_list(app) -> None:
         (["--recipe", "align"], "starts from a saved model; add --model FOLDER"),
         (["--recipe", "tiny", "--model", "x"], "takes no --model; got 'x'"),
         (["--recipe", "align", "--model", "/nowhere"], "it has no config.json"),
+        (["--recipe", "tiny", "--data-root", "x"], "takes no --data-root; got 'x'"),
+        (["--recipe", "nano", "--data-root", "/nowhere"], "there is no receipts.jsonl in '/nowhere'"),
         (["--recipe", "tniy"], "unknown recipe 'tniy'; did you mean 'tiny'?"),
         (
             ["--recipe", "tiny", "--stage", "answr"],

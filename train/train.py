@@ -23,6 +23,12 @@ def train(
     model: Annotated[
         Path | None, typer.Option(help="Folder of a saved model, for a recipe that starts from one.")
     ] = None,
+    data_root: Annotated[
+        Path | None,
+        typer.Option(
+            help="Folder of labelled photographs, for a recipe that can use them; see docs/data.md."
+        ),
+    ] = None,
     output_dir: Annotated[
         Path | None, typer.Option(help="Folder of the run; runs/RECIPE by default.")
     ] = None,
@@ -56,7 +62,18 @@ def train(
         if list_recipes:
             print_recipes()
         else:
-            run(recipe, model, output_dir, stage, max_steps, setting or [], deepspeed, adamw, restart)
+            run(
+                recipe,
+                model,
+                data_root,
+                output_dir,
+                stage,
+                max_steps,
+                setting or [],
+                deepspeed,
+                adamw,
+                restart,
+            )
     except VlmSliceError as error:
         typer.echo(f"error: {error}", err=True)
         raise typer.Exit(2) from error
@@ -81,6 +98,7 @@ def print_recipes() -> None:
 def run(
     recipe: str | None,
     model: Path | None,
+    data_root: Path | None,
     output_dir: Path | None,
     only: str | None,
     max_steps: int | None,
@@ -110,7 +128,7 @@ def run(
         if not deepspeed.is_file():
             raise RecipeError(f"DeepSpeed config {deepspeed} is not a file; see train/deepspeed/")
         overrides["deepspeed"] = str(deepspeed)
-    stages = build_stages(recipe, model)
+    stages = build_stages(recipe, model, data_root)
     if only is not None:
         check_name(f"stage of recipe {recipe!r}", only, [s.name for s in stages])
     folder = output_dir or Path("runs") / recipe

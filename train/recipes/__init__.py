@@ -3,7 +3,8 @@
     def nano() -> list[Stage]: ...        # in nano.py
 
 Its docstring gives command, hardware, time and expected figures. Calling it builds datasets and settings, but no
-model: that happens when a stage is run. A recipe that starts from a saved model takes its folder: `align(model)`.
+model: that happens when a stage is run. A recipe that starts from a saved model takes its folder: `align(model)`; one
+that can train on labelled photographs, too, takes theirs: `nano(data_root)`.
 """
 
 from __future__ import annotations
@@ -39,20 +40,27 @@ def starts_from_model(recipe: Callable[..., list[Stage]]) -> bool:
     return "model" in inspect.signature(recipe).parameters
 
 
-def build_stages(name: str, model: Path | None) -> list[Stage]:
-    """Calls the recipe `name`, with the folder `model` if it takes one."""
+def build_stages(name: str, model: Path | None = None, data_root: Path | None = None) -> list[Stage]:
+    """Calls the recipe `name`, with the folder `model` if it starts from one, and `data_root` if that is given."""
     recipe = find_recipe(name)
+    options: dict[str, Path] = {}
+    if data_root is not None:
+        if "data_root" not in inspect.signature(recipe).parameters:
+            raise RecipeError(
+                f"recipe {name!r} trains on rendered pictures only and takes no --data-root; got {str(data_root)!r}"
+            )
+        options["data_root"] = data_root
     if not starts_from_model(recipe):
         if model is not None:
             raise RecipeError(f"recipe {name!r} starts from nothing and takes no --model; got {str(model)!r}")
-        return recipe()
+        return recipe(**options)
     if model is None:
         raise RecipeError(
             f"recipe {name!r} starts from a saved model; add --model FOLDER, see `vlmslice compose`"
         )
     if not (model / "config.json").is_file():
         raise RecipeError(f"--model {str(model)!r} is no folder of a saved model: it has no config.json")
-    return recipe(model)
+    return recipe(model, **options)
 
 
 def check_name(what: str, name: str, names: list[str]) -> None:

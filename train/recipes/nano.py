@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch
 from torch import nn
+from torch.utils.data import Dataset
 from transformers import LlamaConfig
 
 from vlmslice import (
@@ -17,6 +18,8 @@ from vlmslice import (
 )
 from vlmslice.data.dense import DenseCropConfig, DenseCropDataset, collate_crops
 from vlmslice.data.fonts import FontLibrary
+from vlmslice.data.mixture import MixedDataset, ShuffledDataset
+from vlmslice.data.real_data import RealDataset
 from vlmslice.data.task_collator import TaskCollator
 from vlmslice.data.tasks import Curriculum, TaskConfig, TaskDataset
 from vlmslice.dense_reader import DenseReader, adopt_dense_reader, save_dense_reader
@@ -224,8 +227,27 @@ LARGE = [
 ]
 
 
-def nano(connector: str = "cross_attention", slicing: SlicingConfig = SLICING) -> list[Stage]:
+REAL_SHARE = 0.25
+
+
+def _mix(
+    steps: list[Curriculum], fonts: FontLibrary, group: int, name: str, data_root: Path | None
+) -> Dataset:
+    """Rendered pictures; with `data_root`, lines of real receipts among them."""
+    rendered = TaskDataset(steps, fonts, group=group, name=name)
+    if data_root is None:
+        return rendered
+    lines = ShuffledDataset(RealDataset(data_root, ["receipt-line"]))
+    return MixedDataset([(rendered, 1 - REAL_SHARE), (lines, REAL_SHARE)], len(rendered), group)
+
+
+def nano(
+    connector: str = "cross_attention", slicing: SlicingConfig = SLICING, data_root: Path | None = None
+) -> list[Stage]:
     """Teaches the eye densely, connects it to a byte-level language model, then widens it to large pictures.
+
+    With `--data-root`, a quarter of the wider pictures are lines of real receipts (SROIE, CC BY 4.0; the companies that
+    `image_splits` keeps for evaluation are left out).
 
     Command: `OMP_NUM_THREADS=1 torchrun --nproc_per_node 2 train/train.py --recipe nano --output-dir runs/nano`
     (two processes of one thread each are a third faster than one process of two).
@@ -278,7 +300,7 @@ def nano(connector: str = "cross_attention", slicing: SlicingConfig = SLICING) -
     wide = Stage(
         name="wide",
         model=_build_wide,
-        dataset=TaskDataset(WIDE, fonts, group=8, name="wide"),
+        dataset=_mix(WIDE, fonts, 8, "wide", data_root),
         collator=TaskCollator(build_processor(slicing, connector), dense=False, canvas_side=CANVAS_SIDE),
         arguments=_COMMON
         | {
@@ -297,7 +319,7 @@ def nano(connector: str = "cross_attention", slicing: SlicingConfig = SLICING) -
     large = Stage(
         name="large",
         model=_build_large,
-        dataset=TaskDataset(LARGE, fonts, group=4, name="large"),
+        dataset=_mix(LARGE, fonts, 4, "large", data_root),
         collator=TaskCollator(
             build_processor(slicing, connector),
             dense=False,
