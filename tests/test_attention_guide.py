@@ -47,7 +47,7 @@ class TestLoss:
     def test_no_loss_where_attention_is_on_the_places(self):
         attention = torch.zeros(1, 2, 4, 4)
         attention[0, 0, 3] = row_of({0: 0.25, 2: 0.75}, 4)
-        entries, shares = torch.tensor([[0, 3, 0], [0, 3, 2]]), torch.tensor([0.25, 0.75])
+        entries, shares = torch.tensor([[0, 0, 3, 0], [0, 0, 3, 2]]), torch.tensor([0.25, 0.75])
         loss, found = guide_loss([attention] * 3, entries, shares)
         assert loss.abs() < 1e-6 and found == 1
 
@@ -55,19 +55,27 @@ class TestLoss:
         """Places {1: 1/2, 2: 1/2} and attention 1/4 everywhere: log 2 nats; a second character, found, halves it."""
         attention = torch.full((1, 2, 4, 4), 0.25)
         attention[0, 0, 2] = row_of({1: 1.0}, 4)
-        entries = torch.tensor([[0, 3, 1], [0, 3, 2], [0, 2, 1]])
+        entries = torch.tensor([[0, 0, 3, 1], [0, 0, 3, 2], [0, 0, 2, 1]])
         loss, found = guide_loss([attention] * 6, entries, torch.tensor([0.5, 0.5, 1.0]))
         assert loss == pytest.approx(math.log(2) / 2) and found == pytest.approx(0.75)
 
+    def test_second_head(self):
+        """What it finds is in the loss, and not in the share that the first head found."""
+        attention = torch.full((1, 2, 4, 4), 0.25)
+        attention[0, 0, 3] = row_of({1: 1.0}, 4)
+        entries = torch.tensor([[0, 0, 3, 1], [0, 1, 3, 0]])
+        loss, found = guide_loss([attention] * 3, entries, torch.ones(2))
+        assert loss == pytest.approx(math.log(4) / 2) and found == 1
+
     def test_only_the_first_head_of_the_guided_layers_counts(self):
         attentions = [torch.full((1, 2, 4, 4), 0.25, requires_grad=True) for _ in range(6)]
-        guide_loss(attentions, torch.tensor([[0, 3, 1]]), torch.tensor([1.0]))[0].backward()
+        guide_loss(attentions, torch.tensor([[0, 0, 3, 1]]), torch.tensor([1.0]))[0].backward()
         assert [a.grad is not None for a in attentions] == [i in (2, 3, 4) for i in range(6)]
         assert attentions[2].grad[0, 0, 3, 1] < 0 and attentions[2].grad[0, 1].eq(0).all()
 
     def test_batch_without_places(self):
         loss, _ = guide_loss(
-            [torch.ones(1, 1, 1, 1)] * 2, torch.zeros(0, 3, dtype=torch.int64), torch.zeros(0)
+            [torch.ones(1, 1, 1, 1)] * 2, torch.zeros(0, 4, dtype=torch.int64), torch.zeros(0)
         )
         assert loss == 0
 
@@ -82,7 +90,7 @@ class TestPlaces:
             batch = collator([sample])
             ids, entries = batch["input_ids"][0], batch["guide_entries"]
             visible = [c for c in sample.answer if not c.isspace()]
-            assert [chr(ids[q + 1]) for _, q, _ in entries.tolist()] == visible
+            assert [chr(ids[q + 1]) for _, _, q, _ in entries.tolist()] == visible
             assert batch["guide_shares"].eq(1).all()
             plan = processor.image_processor.plan(sample.scene.image.height, sample.scene.image.width)
             boxes = []  # of every visual token, in the order of the placeholders
@@ -102,7 +110,7 @@ class TestPlaces:
                 assert len(placeholders) == 1
                 placeholders = list(range(plan.num_visual_tokens))
             assert len(boxes) == len(placeholders)
-            for (_, _, key), glyph in zip(entries.tolist(), sample.scene.glyphs, strict=True):
+            for (_, _, _, key), glyph in zip(entries.tolist(), sample.scene.glyphs, strict=True):
                 view, top, left, height, width = boxes[placeholders.index(key)]
                 y, x = (glyph.box[0] + glyph.box[2]) / 2, (glyph.box[1] + glyph.box[3]) / 2
                 assert view is not plan.overview
@@ -110,7 +118,7 @@ class TestPlaces:
 
     def test_what_is_not_read_out_has_no_places(self):
         batch = build_collator()(draw("chart", 2))
-        assert batch["guide_entries"].shape == (0, 3)
+        assert batch["guide_entries"].shape == (0, 4)
 
     @pytest.mark.parametrize("connector", CONNECTORS)
     def test_counts_point_at_their_objects(self, connector):
@@ -127,11 +135,16 @@ class TestPlaces:
             expected = [tuple(int(part) for part in plan.to_canvas(*point)) for point in sample.points]
             assert cells == sorted(expected) and len(cells) == int(sample.answer)
             assert tokenizer.decode(answer, skip_special_tokens=True) == sample.answer
-            queries = batch["guide_entries"][:, 1].tolist()
+            entries, shares = batch["guide_entries"], batch["guide_shares"]
+            queries = entries[entries[:, 1] == 0][:, 2].tolist()
             assert len(queries) == 2 * len(cells)
             assert [ids.index(batch["input_ids"][0, q + 1]) for q in queries] == numbers
-            keys = batch["guide_entries"][:, 2].tolist()
+            keys = entries[entries[:, 1] == 0][:, 3].tolist()
             assert keys[::2] == keys[1::2]
+            for query in [*queries, queries[-1] + 1]:  # the number, too, is guided to all objects
+                chosen = (entries[:, 1] == 1) & (entries[:, 2] == query)
+                assert set(entries[chosen][:, 3].tolist()) == set(keys)
+                assert shares[chosen].sum() == pytest.approx(1)
 
     def test_points_may_be_left_out(self):
         collator = build_collator()
@@ -176,7 +189,7 @@ class TestPlaces:
         assert any(not sample.answer.isascii() for sample in samples)
         for sample in samples:
             batch = build_collator()([sample])
-            shown = [batch["input_ids"][0, q + 1].item() for _, q, _ in batch["guide_entries"].tolist()]
+            shown = [batch["input_ids"][0, q + 1].item() for _, _, q, _ in batch["guide_entries"].tolist()]
             assert bytes(shown).decode() == "".join(sample.answer.split())
 
     def test_answer_that_is_not_bytes_is_refused(self):

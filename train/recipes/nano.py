@@ -216,16 +216,21 @@ CURRICULUM = [
 
 WIDE = [
     Curriculum(
-        8_000,
+        3_200,
         TaskConfig(megapixels=(0.02, 0.3), num_lines=(2, 5), max_answer=120, photo=0.1),
         {"read": 0.55, "paragraph": 0.25, "count": 0.2},
+    ),
+    # A count has a tenth of the ids of a paragraph to learn from.
+    Curriculum(
+        17_600,
+        TaskConfig(megapixels=(0.01, 0.4), num_lines=(2, 5), max_answer=120, photo=0.1),
+        {"read": 0.35, "paragraph": 0.15, "count": 0.5},
     ),
 ]
 
 LARGE = [
-    Curriculum(1_600, TaskConfig(megapixels=(0.05, 2.5)), {"read": 0.75, "count": 0.25}),
+    Curriculum(2_400, TaskConfig(megapixels=(0.05, 3.0)), {"read": 0.6, "count": 0.4}),
 ]
-
 
 REAL_SHARE = 0.25
 

@@ -29,8 +29,8 @@ class TaskCollator:
     - `label_NAME`: `int64[V, T, cells]` for every name in `HEADS`, following the very plan by which the image
       processor cuts the picture; left out with `dense=False`
     - `guide_entries`, `guide_shares`: see `attention_guide.guide_loss`; left out with `guide=False`. The place of a
-      character, or of an object that is counted, is the visual token of the slice that covers its centre. Needs a
-      tokenizer with one id per UTF-8 byte of the answers.
+      character, or of an object that is counted, is the visual token of the slice that covers its centre; the second
+      head is shown all objects that are counted. Needs a tokenizer with one id per UTF-8 byte of the answers.
 
     Answers that count point at the objects first; left out with `points=False`, for a tokenizer without location
     tokens.
@@ -129,13 +129,15 @@ class TaskCollator:
                 if self.processor.one_placeholder
                 else _positions(input_ids[row] == self._image_id)
             )
+            counted = [center for _, center in shown]
             for position, places in zip(answer, places_of_ids, strict=False):
-                tokens = [self._find_visual_token(plan, y, x) for y, x in places]
-                for token, number in Counter(tokens).items():
-                    entries.append([row, position - 1, placeholders[token]])
-                    shares.append(number / len(tokens))
+                for head, guided in enumerate((places, counted)):
+                    tokens = [self._find_visual_token(plan, y, x) for y, x in guided]
+                    for token, number in Counter(tokens).items():
+                        entries.append([row, head, position - 1, placeholders[token]])
+                        shares.append(number / len(tokens))
         return {
-            "guide_entries": torch.tensor(entries, dtype=torch.int64).reshape(-1, 3),
+            "guide_entries": torch.tensor(entries, dtype=torch.int64).reshape(-1, 4),
             "guide_shares": torch.tensor(shares, dtype=torch.float32),
         }
 
