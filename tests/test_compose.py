@@ -561,14 +561,23 @@ def test_reload_is_exact(vit_file, language_folder, tmp_path, draw_image):
 
 @pytest.mark.parametrize(
     ("connector", "tokens_per_view"),
-    [("spatial_resampler", None), ("pixel_unshuffle", None), ("resampler", 3)],
+    [("spatial_resampler", None), ("pixel_unshuffle", None), ("resampler", 3), ("cross_attention", None)],
 )
 def test_first_training_step(language_folder, draw_image, connector, tokens_per_view):
     made = compose(
-        ARCHITECTURE, str(language_folder), connector=connector, tokens_per_view=tokens_per_view, **SLICING
+        ARCHITECTURE,
+        str(language_folder),
+        connector=connector,
+        tokens_per_view=tokens_per_view,
+        cross_attention_interval=1,
+        **SLICING,
     )
     model = made.model.train()
     inputs = made.processor.apply_chat_template(chat(draw_image(), "7"), tokenize=True, return_dict=True)
+    if model.cross_attention is not None:
+        assert (inputs["input_ids"] == model.config.image_token_id).sum() == 1
+        for layer in model.cross_attention.layers:
+            layer.gate.data.fill_(0.5)  # they start closed, and then only they learn
     if tokens_per_view is not None:
         num_tokens = int((inputs["input_ids"] == model.config.image_token_id).sum())
         assert num_tokens == tokens_per_view * inputs["num_views"].item()
@@ -599,6 +608,7 @@ def test_dtype_of_the_saved_weights(language_folder, tmp_path):
     ("settings", "message"),
     [
         ({"connector": "resampler"}, "the resampler needs a number of tokens per view"),
+        ({"connector": "cross_attention"}, "cross_attention_interval is 4, expected 1 to the 2 layers"),
         ({"connector": "spatial_resampeler"}, "did you mean 'spatial_resampler'"),
         ({"max_visual_tokens": 512}, "the language model reads 512 tokens in all; lower max_visual_tokens"),
     ],

@@ -26,6 +26,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from vlmslice.config import VlmSliceConfig
 from vlmslice.connectors import build_connector
+from vlmslice.cross_attention import CrossAttentionLayers
 from vlmslice.errors import VlmSliceError
 from vlmslice.image_processing import VlmSliceImageProcessor
 from vlmslice.modeling import CanvasPosition, VlmSliceForConditionalGeneration
@@ -94,6 +95,7 @@ def compose(
     max_visual_tokens: int = 2048,
     connector_heads: int = 8,
     connector_head_dim: int = 64,
+    cross_attention_interval: int = 4,
     dtype: Literal["float32", "bfloat16"] = "float32",
     seed: int = 0,
     overwrite: bool = False,
@@ -119,8 +121,10 @@ def compose(
         merge_size: Side in patches of the block that becomes one visual token.
         max_slice_nums: Most slices of an image.
         max_visual_tokens: Most visual tokens of an image.
-        connector_heads: Attention heads of a resampler.
+        connector_heads: Attention heads of a resampler or of cross-attention.
         connector_head_dim: Width of one such head.
+        cross_attention_interval: With the connector `"cross_attention"`, every how many layers of the language model
+            look at the image.
         dtype: Of the saved weights.
         seed: Of everything random.
         overwrite: Whether `output` may exist and is replaced.
@@ -145,10 +149,12 @@ def compose(
             tokens_per_view=tokens_per_view,
             max_visual_tokens=max_visual_tokens,
         )
-        _check_context(text.model, slicing)
+        looks_beside = connector == "cross_attention"
+        if not looks_beside:
+            _check_context(text.model, slicing)
         embedding_rms = _embedding_rms(text.model)
         num_new = adopt_tokens(text.model, text.tokenizer)
-        processor = _build_processor(eye, text.tokenizer, slicing)
+        processor = _build_processor(eye, text.tokenizer, slicing, one_placeholder=looks_beside)
         try:
             config = VlmSliceConfig(
                 vision_config=eye.encoder.config,
@@ -158,17 +164,20 @@ def compose(
                 connector_heads=connector_heads,
                 connector_head_dim=connector_head_dim,
                 connector_scale=embedding_rms,
+                cross_attention_interval=cross_attention_interval,
                 image_token_id=processor.image_token_id,  # type: ignore[arg-type]  # one token has one id
                 tie_word_embeddings=text.model.config.tie_word_embeddings,
             )
+            model = _join(config, eye, text).to(getattr(torch, dtype))
         except ValueError as error:
             raise ComposeError(str(error)) from error
-        model = _join(config, eye, text).to(getattr(torch, dtype))
     model.stop_as(text.tokenizer)
     model.generation_config.do_sample = False
     num_parameters = {
         "vision encoder": _count(model.vision_encoder),
-        "connector": _count(model.connector) + _count(model.canvas_position),
+        "connector": sum(
+            _count(part) for part in (model.connector, model.canvas_position, model.cross_attention) if part
+        ),
         "language model": _count(model.language_model),
     }
     summary = (
@@ -255,12 +264,12 @@ def _embedding_rms(model: Any) -> float:
 
 
 def _build_processor(
-    eye: ImportedVision, tokenizer: PreTrainedTokenizerBase, slicing: SlicingConfig
+    eye: ImportedVision, tokenizer: PreTrainedTokenizerBase, slicing: SlicingConfig, one_placeholder: bool
 ) -> VlmSliceProcessor:
     image_processor = VlmSliceImageProcessor(
         **slicing.to_dict(), image_mean=list(eye.image_mean), image_std=list(eye.image_std)
     )
-    processor = VlmSliceProcessor(image_processor, tokenizer)
+    processor = VlmSliceProcessor(image_processor, tokenizer, one_placeholder=one_placeholder)
     # A chat template of the language model's own would be found by tools that ask the tokenizer.
     tokenizer.chat_template = processor.chat_template
     return processor
@@ -276,6 +285,8 @@ def _join(
     model.connector = build_connector(config)
     model.canvas_position = CanvasPosition(config)
     model.language_model = text.model
+    if model.cross_attention is not None:
+        model.cross_attention = CrossAttentionLayers(config, text.model)
     return model
 
 
@@ -292,8 +303,12 @@ def compose_command(
     ],
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder to save the model to.")],
     connector: Annotated[
-        str, typer.Option(help="spatial_resampler, resampler or pixel_unshuffle.")
+        str, typer.Option(help="spatial_resampler, resampler, pixel_unshuffle or cross_attention.")
     ] = "spatial_resampler",
+    cross_attention_interval: Annotated[
+        int,
+        typer.Option(help="With cross_attention: every how many layers of the language model look.", min=1),
+    ] = 4,
     tokens_per_view: Annotated[
         int | None, typer.Option(help="Visual tokens of every view; for the resampler, and only for it.")
     ] = None,
@@ -331,6 +346,7 @@ def compose_command(
             language,
             output,
             connector=connector,
+            cross_attention_interval=cross_attention_interval,
             tokens_per_view=tokens_per_view,
             vision_architecture=vision_architecture,
             feature_layer=feature_layer,

@@ -40,7 +40,8 @@ class VisualMemory(NamedTuple):
 class GatedCrossAttention(nn.Module):
     """What one layer of the language model sees of the images: `hidden + tanh(gate) * attention`."""
 
-    def __init__(self, text_dim: int, num_heads: int, head_dim: int, gate: float):
+    def __init__(self, text_dim: int, num_heads: int, head_dim: int, gate: float, scale: float = 1.0):
+        """`scale`: root mean square of the visual tokens; keys and values start at about 1 whatever it is."""
         super().__init__()
         self.num_heads, self.head_dim = num_heads, head_dim
         inner = num_heads * head_dim
@@ -50,12 +51,13 @@ class GatedCrossAttention(nn.Module):
         self.value = nn.Linear(text_dim, inner, bias=False)
         self.output = nn.Linear(inner, text_dim, bias=False)
         self.gate = nn.Parameter(torch.empty(()))
-        self._initial_gate = gate
+        self._initial_gate, self._scale = gate, scale
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
         for linear in (self.query, self.key, self.value, self.output):
-            nn.init.normal_(linear.weight, std=linear.in_features**-0.5)
+            scale = self._scale if linear in (self.key, self.value) else 1.0
+            nn.init.normal_(linear.weight, std=linear.in_features**-0.5 / scale)
         nn.init.ones_(self.norm.weight)
         nn.init.constant_(self.gate, self._initial_gate)
 
@@ -103,6 +105,11 @@ class CrossAttentionLayers(nn.Module):
     def __init__(self, config: VlmSliceConfig, language_model: PreTrainedModel):
         super().__init__()
         decoder_layers = find_decoder_layers(language_model)
+        if not 1 <= config.cross_attention_interval <= len(decoder_layers):
+            raise ValueError(
+                f"cross_attention_interval is {config.cross_attention_interval}, expected 1 to the "
+                f"{len(decoder_layers)} layers of the language model"
+            )
         # The last of each group, so that a model of one group still reads the question before it looks.
         self.chosen = range(
             config.cross_attention_interval - 1, len(decoder_layers), config.cross_attention_interval
@@ -110,7 +117,11 @@ class CrossAttentionLayers(nn.Module):
         text_dim = config.text_config.hidden_size
         self.layers = nn.ModuleList(
             GatedCrossAttention(
-                text_dim, config.connector_heads, config.connector_head_dim, config.cross_attention_gate
+                text_dim,
+                config.connector_heads,
+                config.connector_head_dim,
+                config.cross_attention_gate,
+                config.connector_scale,
             )
             for _ in self.chosen
         )
