@@ -80,7 +80,7 @@ class TestMemory:
     def test_other_processor_is_refused(self):
         batch = encode(tiny_processor(), CHATS[0])
         with pytest.raises(
-            ValueError, match="^sample 0 has .* placeholders in its prompt but its images give 1 "
+            ValueError, match="^the prompts hold .* placeholders for 1 images, expected one for each"
         ):
             build()(**batch)
 

@@ -322,6 +322,13 @@ class VlmSliceForConditionalGeneration(VlmSlicePreTrainedModel, GenerationMixin)
     ) -> tuple[torch.Tensor, VisualMemory]:
         """What the samples' layers look at; images and their placeholders are numbered within each sample."""
         assert self.cross_attention is not None
+        num_placeholders = int((input_ids == self.config.image_token_id).sum())
+        if num_placeholders > len(tokens_of_images):
+            raise ValueError(
+                f"the prompts hold {num_placeholders} placeholders for {len(tokens_of_images)} images, expected one for "
+                "each, as this model looks at its visual tokens beside the prompt; build them with a VlmSliceProcessor "
+                "of one_placeholder=True"
+            )
         mask = self.get_placeholder_mask(input_ids, [1] * len(tokens_of_images))
         counts = mask.sum(dim=1).tolist()
         numbers = self.cross_attention.number_images(max(counts), inputs_embeds)
