@@ -325,8 +325,8 @@ class VlmSliceForConditionalGeneration(VlmSlicePreTrainedModel, GenerationMixin)
         num_placeholders = int((input_ids == self.config.image_token_id).sum())
         if num_placeholders > len(tokens_of_images):
             raise ValueError(
-                f"the prompts hold {num_placeholders} placeholders for {len(tokens_of_images)} images, expected one for "
-                "each, as this model looks at its visual tokens beside the prompt; build them with a VlmSliceProcessor "
+                f"the prompts hold {num_placeholders} placeholders for {len(tokens_of_images)} images, expected one "
+                "for each, as this model looks at its visual tokens beside the prompt; build them with a VlmSliceProcessor "
                 "of one_placeholder=True"
             )
         mask = self.get_placeholder_mask(input_ids, [1] * len(tokens_of_images))
