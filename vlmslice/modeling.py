@@ -326,7 +326,7 @@ class VlmSliceForConditionalGeneration(VlmSlicePreTrainedModel, GenerationMixin)
         if num_placeholders > len(tokens_of_images):
             raise ValueError(
                 f"the prompts hold {num_placeholders} placeholders for {len(tokens_of_images)} images, expected one "
-                "for each, as this model looks at its visual tokens beside the prompt; build them with a VlmSliceProcessor "
+                "for each, as this model looks at visual tokens beside the prompt; build them with a VlmSliceProcessor "
                 "of one_placeholder=True"
             )
         mask = self.get_placeholder_mask(input_ids, [1] * len(tokens_of_images))
