@@ -27,8 +27,8 @@ class TestPlan:
         wide = vlmslice_command("plan", "4000x100")
         assert wide.code == 0
         assert wide.out.startswith("image     4000 x 100 px (width x height)\n")
-        assert "1 x 25 (rows x columns)" in wide.out
-        assert "25 x 1 (rows x columns)" in vlmslice_command("plan", "100x4000").out
+        assert "1 x 27 (rows x columns)" in wide.out
+        assert "27 x 1 (rows x columns)" in vlmslice_command("plan", "100x4000").out
 
     @pytest.mark.parametrize("size", ["640X480", "640×480", "640 x 480"])
     def test_spellings_of_a_size(self, vlmslice_command: Vlmslice, size: str) -> None:
@@ -48,7 +48,7 @@ class TestPlan:
         assert plan["num_visual_tokens"] <= 50
 
     def test_small_image(self, vlmslice_command: Vlmslice) -> None:
-        assert "one view  64 x 32 px, 2 visual tokens" in vlmslice_command("plan", "60x30").out
+        assert "one view  64 x 32 px, 8 visual tokens" in vlmslice_command("plan", "60x30").out
 
     def test_file_is_upright_and_only_its_header_is_read(
         self, vlmslice_command: Vlmslice, tmp_path: Path

@@ -148,6 +148,7 @@ def _save_reader(model: nn.Module, folder: Path, dtype: torch.dtype = torch.floa
     """Weights with everything that `from_pretrained` needs; the dense head stays out."""
     processor = build_processor(SlicingConfig.from_dict(model.config.slicing), model.config.connector)
     model.stop_as(processor.tokenizer)
+    model.config.use_cache = True  # the Trainer turns it off
     model.config.dense_loss_weight = 0.0
     model.config.guide_loss_weight = 0.0
     model.dense_head = None
