@@ -257,8 +257,8 @@ def nano(
 
     Command: `OMP_NUM_THREADS=1 torchrun --nproc_per_node 2 train/train.py --recipe nano --output-dir runs/nano`
     (two processes of one thread each are a third faster than one process of two).
-    Hardware: two CPU cores, 16 GB. Its parts have been run, with the figures in docs/experiments/connect.md, but not
-    yet the whole from start to end; what made the bundled model is in docs/report-card.md.
+    Hardware: two CPU cores, 16 GB; two and a half hours. docs/report-card.md has the figures of the run that made the
+    bundled model, and where it differed from this.
     """
     fonts = FontLibrary("train")
     eye = Stage(
