@@ -4,7 +4,7 @@ import pytest
 from tiny_models import CONNECTORS, tiny_config, tiny_slicing
 from transformers import AutoConfig, GPT2Config, LlamaConfig
 
-from vlmslice.config import VlmSliceConfig
+from vlmslice.config import CONNECTORS, VlmSliceConfig
 from vlmslice.slicing import SlicingConfig, SlicingError
 from vlmslice.vision_encoder import VlmSliceVisionConfig
 
@@ -67,7 +67,7 @@ class TestErrors:
     def test_connector_nearly_named(self, connector, suggestion):
         with pytest.raises(
             ValueError,
-            match=f"^connector is '{connector}', expected one of spatial_resampler, resampler, pixel_unshuffle; "
+            match=f"^connector is '{connector}', expected one of {', '.join(CONNECTORS)}; "
             f"did you mean '{suggestion}'[?]$",
         ):
             VlmSliceConfig(connector=connector)

@@ -10,7 +10,6 @@ from timm.models.naflexvit import checkpoint_filter_fn
 from vlmslice.conv_stem import ConvStem
 from vlmslice.view_packing import split_into_patches
 from vlmslice.vision_encoder import (
-    OverlapStem,
     VlmSliceVisionConfig,
     VlmSliceVisionEncoder,
     patch_coordinates,
@@ -30,7 +29,7 @@ ARCHITECTURES = {
     "eva02_tiny_patch14_224": (14, 1),
     "naflexvit_base_patch16_gap": (16, 4),
 }
-all_stems = pytest.mark.parametrize("stem", ["timm", "overlap", "conv"])
+all_stems = pytest.mark.parametrize("stem", ["timm", "conv"])
 all_architectures = pytest.mark.parametrize("architecture", ARCHITECTURES)
 
 
@@ -94,11 +93,6 @@ class TestPatchCoordinates:
             expected = [[row, col] for row in range(height) for col in range(width)]
             assert places[real].tolist() == expected
             assert not places[~real].any()
-
-
-def _reaches(patch: int, pixel: int) -> bool:
-    """Whether the stem's window of a patch, along one side, holds a pixel."""
-    return 16 * patch - 4 <= pixel < 16 * patch + 20
 
 
 class TestBatching:
@@ -288,36 +282,6 @@ class TestArchitectures:
             expected, _ = full(pixel_values, target_sizes)
         assert torch.equal(got[valid], expected[valid])
 
-    def test_overlap_stem_reads_blocks_in_place(self):
-        """Row 16 * patch + block of the first layer is the block's own 4 x 4 px, row-major."""
-        stem = OverlapStem(16, 32)
-        seen = []
-        stem.pixels.register_forward_hook(lambda module, inputs, output: seen.append(inputs[0]))
-        pixels = torch.arange(16 * 16 * 3).view(1, 1, -1).float()
-        stem(pixels, torch.tensor([[1, 1]]))
-        image = pixels.view(16, 16, 3)
-        for row in range(4):
-            for col in range(4):
-                block = image[4 * row : 4 * row + 4, 4 * col : 4 * col + 4].flatten()
-                assert torch.equal(seen[0][0, 0, row, col], block)
-
-    def test_overlap_stem_sees_four_pixels_beyond_its_patch_and_no_more(self):
-        """On a 3 x 3 grid, one changed pixel changes the patches whose window it lies in, wherever it is."""
-        torch.manual_seed(0)
-        stem, grid = OverlapStem(16, 32), torch.tensor([[3, 3]])
-
-        def embed(image):
-            patches = image.view(3, 16, 3, 16, 3).transpose(1, 2).reshape(1, 9, -1)
-            return stem(torch.nn.functional.pad(patches, (0, 0, 0, 1)), grid)[0, :9].view(3, 3, -1)
-
-        before = embed(torch.zeros(48, 48, 3))
-        for y, x in [(0, 0), (11, 24), (12, 24), (15, 15), (19, 20), (24, 24), (28, 31), (47, 47)]:
-            image = torch.zeros(48, 48, 3)
-            image[y, x] = 1.0
-            changed = (embed(image) - before).abs().sum(-1) > 0
-            near = [[_reaches(row, y) and _reaches(col, x) for col in range(3)] for row in range(3)]
-            assert changed.tolist() == near, (y, x)
-
     def test_conv_stem_is_torch_convolutions_on_the_image(self):
         """The patches put together again, through `nn.Conv2d` layers with the same weights."""
         torch.manual_seed(0)
@@ -399,11 +363,7 @@ class TestErrors:
                 {"timm_kwargs": TINY | {"num_head": 2}},
                 "^timm_kwargs has 'num_head', expected fields of timm's NaFlexVitCfg; did you mean 'num_heads'[?]$",
             ),
-            ({"stem": "overlapp"}, "^vision stem is 'overlapp', expected"),
-            (
-                {"stem": "overlap", "patch_size": 14},
-                "^stem 'overlap' with patch_size 14, expected a multiple of 4; use stem 'timm'",
-            ),
+            ({"stem": "cnov"}, "^vision stem is 'cnov', expected one of timm, conv; did you mean 'conv'"),
             (
                 {"stem": "conv", "patch_size": 14},
                 "^stem 'conv' with patch_size 14, expected 16; use stem 'timm'",

@@ -39,8 +39,7 @@ class VlmSliceVisionConfig(PreTrainedConfig):
     `feature_layer` is the number of transformer blocks kept; blocks after it are not built. A DINOv2 whose last block
     was altered by fine-tuning is used with `feature_layer=11`. None keeps all.
 
-    `stem` is `"timm"` for the architecture's own linear patch embedding, `"overlap"` for `OverlapStem`, or `"conv"` for
-    `ConvStem`.
+    `stem` is `"timm"` for the architecture's own linear patch embedding, or `"conv"` for `ConvStem`.
     """
 
     model_type = "vlmslice_vision"
@@ -118,67 +117,18 @@ def build_named_vit(name: str, timm_kwargs: dict[str, Any] | None = None) -> NaF
     return timm.create_model(name, pretrained=False, num_classes=0, **kwargs)
 
 
-class OverlapStem(nn.Module):
-    """Patch embedding that sees a quarter of a patch beyond its edges.
-
-    Blocks of 4 x 4 px become vectors; each quarter of the patch then looks at the 4 x 4 blocks centred on it, some of
-    which lie in neighbouring patches; the four quarters make the patch. A glyph cut by a patch edge is seen whole.
-    """
-
-    def __init__(self, patch_size: int, hidden_size: int):
-        super().__init__()
-        if patch_size % 4:
-            raise ValueError(
-                f"stem 'overlap' with patch_size {patch_size}, expected a multiple of 4; use stem 'timm'"
-            )
-        self.block = patch_size // 4
-        self.pixels = nn.Linear(3 * self.block**2, 64)
-        self.quarters = nn.Linear(16 * 64, 160)
-        self.patch = nn.Linear(4 * 160, hidden_size)
-
-    def forward(self, x: torch.Tensor, target_sizes: torch.Tensor) -> torch.Tensor:
-        """Patches `[V, T, patch_size**2 * 3]` (channels last) of `int64[V, 2]` patch grids to `[V, T, D]`."""
-        views, patches, _ = x.shape
-        coordinates, _ = patch_coordinates(target_sizes, patches)
-        b = self.block
-        x = x.reshape(views, patches, 4, b, 4, b * 3).transpose(3, 4).flatten(4)
-        x = nn.functional.gelu(self.pixels(x)).reshape(views, patches * 16, 64)
-        x = nn.functional.pad(x, (0, 0, 0, 1))  # the last row stands for "outside"
-        window = x[torch.arange(views, device=x.device)[:, None], self._windows(target_sizes, coordinates)]
-        x = nn.functional.gelu(self.quarters(window.view(views, patches, 4, 16 * 64))).flatten(2)
-        return self.patch(x)
-
-    @staticmethod
-    def _windows(target_sizes: torch.Tensor, coordinates: torch.Tensor) -> torch.Tensor:
-        """The 16 blocks of every quarter of every patch, as rows of the view's blocks: `int64[V, T * 4 * 16]`."""
-        num_patches = coordinates.shape[1]
-        h, w = (target_sizes[:, i, None, None, None, None, None] for i in (0, 1))
-        r, c = (coordinates[..., i, None, None, None, None] for i in (0, 1))
-        step, quarter = torch.arange(4, device=r.device), torch.arange(2, device=r.device)
-        y = r * 4 + quarter[:, None, None, None] * 2 - 1 + step[:, None]
-        x = c * 4 + quarter[None, :, None, None] * 2 - 1 + step
-        y, x = torch.broadcast_tensors(y, x)
-        inside = (y >= 0) & (y < 4 * h) & (x >= 0) & (x < 4 * w)
-        index = ((y // 4) * w + x // 4) * 16 + (y % 4) * 4 + x % 4
-        return index.where(inside, num_patches * 16).flatten(1)
-
-
-_STEMS: dict[str, type[nn.Module]] = {"overlap": OverlapStem, "conv": ConvStem}
-
-
-def _build_stem(config: VlmSliceVisionConfig) -> nn.Module | None:
+def _build_stem(config: VlmSliceVisionConfig) -> ConvStem | None:
     if config.stem == "timm":
         return None
-    if config.stem not in _STEMS:
-        names = ["timm", *_STEMS]
+    if config.stem != "conv":
         raise ValueError(
-            f"vision stem is {config.stem!r}, expected one of {', '.join(names)}{suggestion(config.stem, names)}"
+            f"vision stem is {config.stem!r}, expected one of timm, conv{suggestion(config.stem, ['timm', 'conv'])}"
         )
-    return _STEMS[config.stem](config.patch_size, config.hidden_size)
+    return ConvStem(config.patch_size, config.hidden_size)
 
 
 @torch.no_grad()
-def _initialise_for_small_runs(vit: NaFlexVit, stem: nn.Module | None) -> None:
+def _initialise_for_small_runs(vit: NaFlexVit, stem: ConvStem | None) -> None:
     """Weights whose outputs keep the scale of their inputs, and sine-cosine positions about as large as the content.
 
     timm's defaults (0.02 everywhere, shrunk further by depth) suit long runs of wide models. At width 256 they make
@@ -192,7 +142,7 @@ def _initialise_for_small_runs(vit: NaFlexVit, stem: nn.Module | None) -> None:
     for block in vit.blocks:
         for linear in (block.attn.proj, block.mlp.fc2):
             linear.weight.mul_((2 * len(vit.blocks)) ** -0.5)
-    if isinstance(stem, ConvStem):
+    if stem is not None:
         for linear in stem.residual_outputs():
             linear.weight.mul_((2 * len(stem.residual_outputs())) ** -0.5)
     table = vit.embeds.pos_embed
