@@ -4,7 +4,7 @@ import pytest
 from tiny_models import CONNECTORS, tiny_config, tiny_slicing
 from transformers import AutoConfig, GPT2Config, LlamaConfig
 
-from vlmslice.config import CONNECTORS, VlmSliceConfig
+from vlmslice.config import VlmSliceConfig
 from vlmslice.slicing import SlicingConfig, SlicingError
 from vlmslice.vision_encoder import VlmSliceVisionConfig
 

@@ -62,7 +62,7 @@ def test_samples(data_root, name):
         sample, again = dataset[index], dataset[index]
         assert (sample.question, sample.answer) == (again.question, again.answer)
         assert sample.scene.image.tobytes() == again.scene.image.tobytes()
-        assert sample.messages[0]["content"][0] == {"type": "image"}
+        assert sample.messages()[0]["content"][0] == {"type": "image"}
     assert dataset[-1].answer == sample.answer
     with pytest.raises(IndexError):
         dataset[len(dataset)]

@@ -11,6 +11,7 @@ from vlmslice.spatial_schema import (
     IMAGE_END,
     IMAGE_START,
     IMAGE_TOKEN,
+    LOCATION_TOKENS,
     OVERVIEW_START,
     PAD,
     ROW_END,
@@ -78,7 +79,9 @@ def test_byte_ids_are_bytes_and_special_tokens_follow():
     assert BYTE_TOKENIZER.convert_tokens_to_ids(list(SPECIAL_TOKENS)) == list(
         range(256, 256 + len(SPECIAL_TOKENS))
     )
-    assert len(BYTE_TOKENIZER) == 256 + len(SPECIAL_TOKENS)
+    first = 256 + len(SPECIAL_TOKENS)
+    assert BYTE_TOKENIZER.convert_tokens_to_ids(list(LOCATION_TOKENS)) == list(range(first, first + 256))
+    assert len(BYTE_TOKENIZER) == 256 + len(SPECIAL_TOKENS) + len(LOCATION_TOKENS)
     assert (BYTE_TOKENIZER.eos_token, BYTE_TOKENIZER.pad_token) == (END, PAD)
     for byte in range(256):
         assert (
