@@ -412,10 +412,10 @@ class TestLoading:
 
     def test_more_tokens(self):
         model = tiny_model()
-        model.resize_token_embeddings(300)
-        assert model.config.text_config.vocab_size == 300
+        model.resize_token_embeddings(VOCABULARY + 40)
+        assert model.config.text_config.vocab_size == VOCABULARY + 40
         inputs = shared_inputs()
-        assert logits(model, inputs).shape[-1] == 300
+        assert logits(model, inputs).shape[-1] == VOCABULARY + 40
         assert model(**inputs, labels=inputs["input_ids"]).loss.isfinite()
         assert torch.equal(logits(model, inputs)[..., :VOCABULARY], logits(shared_model(), inputs))
 
