@@ -70,8 +70,9 @@ class TaskCollator:
                 for sample, shown in zip(samples, points, strict=True)
             ]
         )
-        views = [2 * shift for shift, plan in zip(shifts, plans, strict=True) for _ in plan.views]
-        batch["canvas_boxes"] = batch["canvas_boxes"] + torch.tensor(views)
+        # Top and left, and again bottom and right, of every view of a picture.
+        moves = [(*shift, *shift) for shift, plan in zip(shifts, plans, strict=True) for _ in plan.views]
+        batch["canvas_boxes"] = batch["canvas_boxes"] + torch.tensor(moves)
         if self.dense:
             batch.update(self._cell_labels(samples, plans, batch["pixel_values"].shape[:2]))
         if self.guide:
@@ -129,13 +130,13 @@ class TaskCollator:
                 if self.processor.one_placeholder
                 else _positions(input_ids[row] == self._image_id)
             )
-            counted = [center for _, center in shown]
+            counted = [self._find_visual_token(plan, *center) for _, center in shown]
             for position, places in zip(answer, places_of_ids, strict=False):
-                for head, guided in enumerate((places, counted)):
-                    tokens = [self._find_visual_token(plan, y, x) for y, x in guided]
-                    for token, number in Counter(tokens).items():
+                tokens = [self._find_visual_token(plan, *place) for place in places]
+                for head, guided in enumerate((tokens, counted)):
+                    for token, number in Counter(guided).items():
                         entries.append([row, head, position - 1, placeholders[token]])
-                        shares.append(number / len(tokens))
+                        shares.append(number / len(guided))
         return {
             "guide_entries": torch.tensor(entries, dtype=torch.int64).reshape(-1, 4),
             "guide_shares": torch.tensor(shares, dtype=torch.float32),
