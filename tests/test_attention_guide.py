@@ -10,8 +10,9 @@ from vlmslice import VlmSliceImageProcessorPil, VlmSliceProcessor
 from vlmslice.attention_guide import guide_loss, guided_layers
 from vlmslice.data.collator import IGNORED
 from vlmslice.data.fonts import FontLibrary, matplotlib_font_dir
-from vlmslice.data.task_collator import TaskCollator
-from vlmslice.data.tasks import Curriculum, TaskConfig, TaskDataset
+from vlmslice.data.shapes import COLORS
+from vlmslice.data.task_collator import NOTHING, TaskCollator
+from vlmslice.data.tasks import Curriculum, TaskConfig, TaskDataset, plural
 from vlmslice.spatial_schema import LOCATION_TOKENS
 from vlmslice.tokenization import build_byte_tokenizer
 
@@ -136,6 +137,11 @@ class TestPlaces:
             assert cells == sorted(expected) and len(cells) == int(sample.answer)
             assert tokenizer.decode(answer, skip_special_tokens=True) == sample.answer
             entries, shares = batch["guide_entries"], batch["guide_shares"]
+            if connector == "cross_attention":  # at the number there is no next object
+                nothing = entries[:, 3] == NOTHING
+                [[_, head, query, _]] = entries[nothing].tolist()
+                assert (head, query) == (0, entries[:, 2].max())
+                entries, shares = entries[~nothing], shares[~nothing]
             queries = entries[entries[:, 1] == 0][:, 2].tolist()
             assert len(queries) == 2 * len(cells)
             assert [ids.index(batch["input_ids"][0, q + 1]) for q in queries] == numbers
@@ -145,6 +151,42 @@ class TestPlaces:
                 chosen = (entries[:, 1] == 1) & (entries[:, 2] == query)
                 assert set(entries[chosen][:, 3].tolist()) == set(keys)
                 assert shares[chosen].sum() == pytest.approx(1)
+
+    @pytest.mark.parametrize("connector", CONNECTORS)
+    def test_words_of_the_question_see_what_they_name(self, connector):
+        collator = build_collator(connector)
+        seen_forms = set()
+        for sample in draw("count", 20, max_count=4):
+            [batch_row] = (batch := collator([sample]))["input_ids"].tolist()
+            plan = collator.processor.image_processor.plan(*sample.scene.image.size[::-1])
+            placeholders = range(plan.num_visual_tokens)
+            if connector != "cross_attention":
+                placeholders = [i for i, token in enumerate(batch_row) if token == collator._image_id]
+            entries, shares = batch["guide_entries"], batch["guide_shares"]
+            first = next(
+                i
+                for i in range(len(batch_row))
+                if batch_row[i : i + len(sample.question)] == list(sample.question.encode())
+            )
+            for index in range(len(sample.question)):
+                mention = next((m for m in sample.mentions if m.start <= index < m.end), None)
+                if mention is not None:
+                    word = sample.question[mention.start : mention.end]
+                    named = [
+                        s.center for s in sample.scene.shapes if word in (s.color, plural(s.kind), "shapes")
+                    ]
+                    assert set(sample.points) <= set(named) == set(mention.points)
+                    seen_forms.add(word in COLORS)
+                elif index >= sample.mentions[-1].end:
+                    named = sample.points
+                else:
+                    named = []
+                chosen = entries[:, 2] == first + index
+                assert entries[chosen][:, 1].eq(1).all()
+                expected = {placeholders[collator._find_visual_token(plan, *center)] for center in named}
+                assert set(entries[chosen][:, 3].tolist()) == expected
+                assert shares[chosen].sum() == pytest.approx(1 if named else 0)
+        assert seen_forms == {True, False}
 
     def test_points_may_be_left_out(self):
         collator = build_collator()

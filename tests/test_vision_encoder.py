@@ -7,7 +7,8 @@ from hypothesis import strategies as st
 from timm.layers import resample_abs_pos_embed
 from timm.models.naflexvit import checkpoint_filter_fn
 
-from vlmslice.conv_stem import ConvStem
+from vlmslice.conv_stem import ConvStem, lay_out_sheets
+from vlmslice.slicing import SlicingConfig, plan_slices
 from vlmslice.view_packing import split_into_patches
 from vlmslice.vision_encoder import (
     VlmSliceVisionConfig,
@@ -307,8 +308,52 @@ class TestArchitectures:
             x = residual(stem.middle[0], F.gelu(conv(stem.to_middle, x)))
             x = residual(stem.patches[0], F.gelu(conv(stem.to_patches, x)))
             patches = split_into_patches(image[0].movedim(0, -1), 16)[None]
-            got = stem(patches, torch.tensor([grid]))
+            got = stem(patches, lay_out_sheets(torch.tensor([grid]), 6))
         torch.testing.assert_close(got[0], x[0].flatten(1).T, atol=1e-5, rtol=1e-5)
+
+    def test_conv_stem_does_not_see_the_seams(self):
+        """An image cut 2 x 2 embeds as the image in one piece; its overview, and another image, stay by themselves."""
+        torch.manual_seed(0)
+        stem, image = ConvStem(16, 32), torch.randn(64, 96, 3)
+        pieces = [image[top : top + 32, left : left + 48] for top in (0, 32) for left in (0, 48)]
+        overview, other = torch.randn(32, 32, 3), torch.randn(32, 48, 3)
+        views = [split_into_patches(view, 16) for view in (overview, *pieces, other)]
+        sizes = torch.tensor([[2, 2], *[[2, 3]] * 5])
+        boxes = torch.tensor(
+            [(0, 0, 4, 6), (0, 0, 2, 3), (0, 3, 2, 6), (2, 0, 4, 3), (2, 3, 4, 6), (0, 0, 2, 3)]
+        )
+        boxes[:5] += 7  # a canvas may be moved
+        sheets = lay_out_sheets(sizes, 6, boxes, torch.tensor([5, 1]))
+        assert [tuple(sheet.shape) for sheet in sheets] == [(2, 2), (4, 6), (2, 3)]
+        with torch.no_grad():
+            got = stem(torch.nn.utils.rnn.pad_sequence(views, batch_first=True), sheets)
+            whole = stem(split_into_patches(image, 16)[None], lay_out_sheets(torch.tensor([[4, 6]]), 24))
+            alone = [
+                stem(x[None], lay_out_sheets(g[None], len(x)))[0] for x, g in zip(views, sizes, strict=True)
+            ]
+        stitched = got[1:5].view(2, 2, 2, 3, -1).transpose(1, 2).reshape(1, 24, -1)
+        torch.testing.assert_close(stitched, whole, atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(got[0, :4], alone[0], atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(got[5], alone[5], atol=1e-5, rtol=1e-5)
+        assert not torch.allclose(got[1], alone[1], atol=1e-2)
+
+    @settings(max_examples=50)
+    @given(height=st.integers(1, 3000), width=st.integers(1, 3000))
+    def test_sheets_hold_every_patch_once(self, height, width):
+        plan = plan_slices(height, width, SlicingConfig())
+        sizes, boxes = (
+            torch.tensor([v.patch_grid for v in plan.views] * 2),
+            torch.tensor(plan.canvas_boxes * 2),
+        )
+        longest = int(sizes.prod(dim=1).max()) + 3
+        sheets = lay_out_sheets(sizes, longest, boxes, torch.tensor([len(plan.views)] * 2))
+        expected = [
+            view * longest + patch
+            for view, grid in enumerate(sizes.prod(dim=1).tolist())
+            for patch in range(grid)
+        ]
+        assert sorted(torch.cat([sheet.flatten() for sheet in sheets]).tolist()) == expected
+        assert len(sheets) == (2 if plan.grid == (1, 1) else 4)
 
     def test_small_runs_start_at_scale(self):
         """Positions that patch content does not drown, and blocks that do something from the first step."""

@@ -34,6 +34,8 @@ class VlmSliceConfig(PreTrainedConfig):
             text which runs on in the next slice can be followed there.
         dense_loss_weight: weight of the dense (per-cell) loss beside the language loss in training; 0 builds no head.
         guide_loss_weight: weight of the guide loss (see `attention_guide`) in training, for batches that carry places.
+        image_token_id: id of the placeholder of the images.
+        location_token_id: id of the first of `spatial_schema.LOCATION_TOKENS`, if answers may point; the others follow.
     """
 
     model_type = "vlmslice"
@@ -55,6 +57,7 @@ class VlmSliceConfig(PreTrainedConfig):
     dense_loss_weight: int | float = 0.0
     guide_loss_weight: int | float = 0.0
     image_token_id: int = 0
+    location_token_id: int | None = None
     tie_word_embeddings: bool = False
 
     def __post_init__(self, **kwargs):

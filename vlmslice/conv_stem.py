@@ -1,11 +1,13 @@
 """A convolutional patch embedding: print is told from its neighbourhood, wherever a glyph lies on the patch grid.
 
-Legend: V views, T patches per view (padded), C channels, D width.
+Legend: V views, T patches per view (padded), S sheets of one shape, C channels, D width.
 
 A ViT must learn each glyph anew for every offset at which a patch may cut it; a convolution learns it once (early
 convolutions help transformers in general: Xiao et al., 2021, https://arxiv.org/abs/2106.14881). Convolutions are also
 what a CPU does best: in bf16, 200 GFLOP/s on one core where the blocks of a small ViT reach 80.
 """
+
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
@@ -47,10 +49,10 @@ class ResidualConv(nn.Module):
 
 
 class ConvStem(nn.Module):
-    """Patch embedding by convolutions at 4, 8 and 16 px, each view on its own patch grid.
+    """Patch embedding by convolutions at 4, 8 and 16 px.
 
     Blocks of 4 x 4 px become vectors; residual convolutions run on them, on their 2 x 2 groups and on the patches. A
-    patch sees about 60 px beyond its edges, never beyond its view.
+    patch sees about 60 px beyond its edges, never beyond its sheet (see `lay_out_sheets`).
     """
 
     def __init__(self, patch_size: int, hidden_size: int, depths: tuple[int, int, int] = (1, 1, 1)):
@@ -71,32 +73,75 @@ class ConvStem(nn.Module):
         """The layers whose outputs are added to a residual stream."""
         return [module.outer for module in self.modules() if isinstance(module, ResidualConv)]
 
-    def forward(self, x: torch.Tensor, target_sizes: torch.Tensor) -> torch.Tensor:
-        """Patches `[V, T, patch_size**2 * 3]` (channels last) of `int64[V, 2]` patch grids to `[V, T, D]`.
+    def forward(self, x: torch.Tensor, sheets: Sequence[torch.Tensor]) -> torch.Tensor:
+        """Patches `[V, T, patch_size**2 * 3]` (channels last) to `[V, T, D]`, zero where no sheet has them.
 
-        Views of one grid run together; what comes out at padding is zero.
+        Sheets of one shape run together.
         """
-        grids, which = target_sizes.unique(dim=0, return_inverse=True)
-        if len(grids) == 1:
-            height, width = grids[0].tolist()
-            y = self._embed(x[:, : height * width], height, width)
-            return F.pad(y, (0, 0, 0, x.shape[1] - y.shape[1]))
+        shapes: dict[torch.Size, list[torch.Tensor]] = {}
+        for sheet in sheets:
+            shapes.setdefault(sheet.shape, []).append(sheet)
+        patches = x.flatten(0, 1)
         output = None
-        for index, (height, width) in enumerate(grids.tolist()):
-            rows = (which == index).nonzero()[:, 0]
-            y = self._embed(x[rows, : height * width], height, width)
+        for alike in shapes.values():
+            index_SHW = torch.stack(alike)
+            y = self._embed(patches[index_SHW])
             if output is None:
-                output = y.new_zeros(*x.shape[:2], y.shape[-1])
-            output[rows, : height * width] = y
+                output = y.new_zeros(len(patches), y.shape[-1])
+            output[index_SHW] = y
         assert output is not None
-        return output
+        return output.unflatten(0, x.shape[:2])
 
-    def _embed(self, x: torch.Tensor, height: int, width: int) -> torch.Tensor:
-        """`[V, height * width, D]` of views of one patch grid."""
+    def _embed(self, x: torch.Tensor) -> torch.Tensor:
+        """`[S, height, width, D]` of sheets of patches `[S, height, width, patch_size**2 * 3]`."""
         side = 4
-        x = x.unflatten(1, (height, width)).unflatten(-1, (side, BLOCK, side, BLOCK * 3))
+        num_sheets, height, width, _ = x.shape
+        x = x.unflatten(-1, (side, BLOCK, side, BLOCK * 3))
         # From patch row and column, block row, row in block, block column, values; to a map of blocks.
-        x = x.permute(0, 1, 3, 2, 5, 4, 6).reshape(len(x), height * side, width * side, -1)
+        x = x.permute(0, 1, 3, 2, 5, 4, 6).reshape(num_sheets, height * side, width * side, -1)
         x = self.fine(F.gelu(self.pixels(x)))
         x = self.middle(F.gelu(self.to_middle(x)))
-        return self.patches(F.gelu(self.to_patches(x))).flatten(1, 2)
+        return self.patches(F.gelu(self.to_patches(x)))
+
+
+def lay_out_sheets(
+    target_sizes: torch.Tensor,
+    num_patches: int,
+    canvas_boxes: torch.Tensor | None = None,
+    num_views: torch.Tensor | None = None,
+) -> list[torch.Tensor]:
+    """The maps of patches on which the stem runs, `int64[height, width]` each, of indices into the V * T patches.
+
+    The slices of an image lie side by side on one sheet, so a glyph or a shape that a seam cuts is seen whole. An
+    overview is a sheet of its own; without `canvas_boxes`, so is every view.
+
+    Args:
+        target_sizes: `int64[V, 2]` patch grids.
+        num_patches: T.
+        canvas_boxes: `int64[V, 4]`, see `view_packing.PackedViews`.
+        num_views: `int64[N]`, as well.
+
+    Example: an overview of (1, 1) patch and slices of (1, 2) and (1, 2) beside each other, T = 2, give `[[0]]` and
+    `[[2, 3, 4, 5]]`.
+    """
+    device = target_sizes.device
+    grids = target_sizes.tolist()
+    own = [
+        torch.arange(height * width, device=device).view(height, width) + view * num_patches
+        for view, (height, width) in enumerate(grids)
+    ]
+    if canvas_boxes is None or num_views is None:
+        return own
+    sheets, first, boxes = [], 0, canvas_boxes.tolist()
+    for number in num_views.tolist():
+        sheets.append(own[first])
+        slices = range(first + 1, first + number)
+        if slices:
+            tops, lefts, bottoms, rights = zip(*(boxes[view] for view in slices), strict=True)
+            sheet = own[first].new_zeros(max(bottoms) - min(tops), max(rights) - min(lefts))
+            for view, top, left in zip(slices, tops, lefts, strict=True):
+                row, col = top - min(tops), left - min(lefts)
+                sheet[row : row + grids[view][0], col : col + grids[view][1]] = own[view]
+            sheets.append(sheet)
+        first += number
+    return sheets

@@ -6,6 +6,10 @@ In front of chosen layers of the language model, every text token attends over a
 what it finds is added to it through a gate (Alayrac et al., 2022, https://arxiv.org/abs/2204.14198; CogAgent, Hong et
 al., 2023, https://arxiv.org/abs/2312.08914). A visual token costs two small projections in each of these layers
 instead of the whole layer, and the prompt holds one placeholder for each image, so thousands of tokens stay cheap.
+
+Where an answer points at one object after the other, row by row (see `pointing`), every second head sees only what
+lies ahead of the last point. So for each point the same look-up will do, "the first that fits", and nothing is pointed
+at twice. (Inhibition of return; Itti and Koch, 2001, "Computational modelling of visual attention".)
 """
 
 from __future__ import annotations
@@ -24,17 +28,34 @@ from vlmslice.config import VlmSliceConfig
 from vlmslice.position_embedding import sincos_2d
 
 
+_BEYOND = 1 << 30
+
+
 class VisualMemory(NamedTuple):
     """What the layers look at; computed once for a prompt and kept while its answer is generated.
 
     Attributes:
         keys, values: `[B, H, M + 1, K]` for every looking layer. The last is a place where nothing is.
         mask: `bool[B, 1, 1, M + 1]`, False at padding.
+        places: `int64[B, M + 1, 2]` row and column on the canvas, in blocks of patches (one block is one token of a
+            slice); beyond all places for padding and for the last.
     """
 
     keys: tuple[torch.Tensor, ...]
     values: tuple[torch.Tensor, ...]
     mask: torch.Tensor
+    places: torch.Tensor
+
+    def mask_passed(self, last_points_BL2: torch.Tensor, num_heads: int) -> torch.Tensor:
+        """`bool[B, H, L, M + 1]`: `mask`, and False in even heads for what does not lie ahead of the last point.
+
+        `last_points_BL2`: rows and columns in blocks, too.
+        """
+        rows_B1M, cols_B1M = self.places[:, None].unbind(-1)
+        last_rows_BL1, last_cols_BL1 = last_points_BL2[:, :, None].unbind(-1)
+        ahead_BLM = (rows_B1M > last_rows_BL1) | ((rows_B1M == last_rows_BL1) & (cols_B1M > last_cols_BL1))
+        sees_all_H = torch.arange(num_heads, device=self.mask.device) % 2 == 1
+        return self.mask & (ahead_BLM[:, None] | sees_all_H[None, :, None, None])
 
 
 class GatedCrossAttention(nn.Module):
@@ -73,20 +94,20 @@ class GatedCrossAttention(nn.Module):
         hidden_BLE: torch.Tensor,
         keys_BHMK: torch.Tensor,
         values_BHMK: torch.Tensor,
-        mask_B11M: torch.Tensor,
+        mask: torch.Tensor,
         with_weights: bool = False,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """The new hidden states, and `[B, H, L, M + 1]` attention weights if asked for."""
+        """The new hidden states, and `[B, H, L, M + 1]` attention weights if asked for; `mask` as wide as they or 1."""
         queries_BHLK = self._heads(self.query(self.norm(hidden_BLE)))
         keys_BHMK, values_BHMK = keys_BHMK.to(queries_BHLK.dtype), values_BHMK.to(queries_BHLK.dtype)
         weights = None
         if with_weights:
             logits_BHLM = queries_BHLK @ keys_BHMK.transpose(-1, -2) / math.sqrt(self.head_dim)
-            weights = logits_BHLM.float().masked_fill(~mask_B11M, float("-inf")).softmax(-1)
+            weights = logits_BHLM.float().masked_fill(~mask, float("-inf")).softmax(-1)
             found_BHLK = weights.to(values_BHMK.dtype) @ values_BHMK
         else:
             found_BHLK = F.scaled_dot_product_attention(
-                queries_BHLK, keys_BHMK, values_BHMK, attn_mask=mask_B11M
+                queries_BHLK, keys_BHMK, values_BHMK, attn_mask=mask
             )
         found_BLE = self.output(found_BHLK.transpose(1, 2).flatten(2))
         return hidden_BLE + self.gate.tanh().to(found_BLE.dtype) * found_BLE, weights
@@ -126,7 +147,9 @@ class CrossAttentionLayers(nn.Module):
             for _ in self.chosen
         )
         self._scale = config.connector_scale
+        self._merge_size = config.slicing["merge_size"]
         self._memory: VisualMemory | None = None
+        self._mask: torch.Tensor | None = None
         self._with_weights = False
         self.weights: list[torch.Tensor] = []
         for number, index in enumerate(self.chosen):
@@ -139,8 +162,13 @@ class CrossAttentionLayers(nn.Module):
         embedding = self._scale * sincos_2d(torch.stack([numbers, numbers], dim=-1), width, longest=100.0)
         return F.pad(embedding, (0, like.shape[-1] - width)).to(like.dtype)
 
-    def remember(self, tokens_of_samples: Sequence[torch.Tensor]) -> VisualMemory:
-        """Keys and values of the visual tokens of each sample, `[tokens, E]`; a sample may have none."""
+    def remember(
+        self, tokens_of_samples: Sequence[torch.Tensor], places_of_samples: Sequence[torch.Tensor]
+    ) -> VisualMemory:
+        """Keys and values of the visual tokens of each sample, `[tokens, E]`; a sample may have none.
+
+        `places_of_samples`: row and column of each token on the canvas, in patches, `[tokens, 2]`.
+        """
         lengths = torch.tensor([len(tokens) for tokens in tokens_of_samples])
         tokens_BME = nn.utils.rnn.pad_sequence(list(tokens_of_samples), batch_first=True)
         mask = torch.arange(tokens_BME.shape[1])[None] < lengths[:, None]
@@ -148,14 +176,34 @@ class CrossAttentionLayers(nn.Module):
             *(cast(GatedCrossAttention, layer).project(tokens_BME) for layer in self.layers), strict=True
         )
         mask = F.pad(mask, (0, 1), value=True)[:, None, None].to(tokens_BME.device)
-        return VisualMemory(keys, values, mask)
+        places = nn.utils.rnn.pad_sequence(
+            [(places / self._merge_size).floor().long() for places in places_of_samples],
+            batch_first=True,
+            padding_value=_BEYOND,
+        )
+        return VisualMemory(keys, values, mask, F.pad(places, (0, 0, 0, 1), value=_BEYOND))
 
-    def look_at(self, memory: VisualMemory | None, with_weights: bool = False) -> None:
+    def look_at(
+        self,
+        memory: VisualMemory | None,
+        last_points_BL2: torch.Tensor | None = None,
+        with_weights: bool = False,
+    ) -> None:
         """Sets what the layers look at from now on: nothing, with None. Afterwards `weights` holds those asked for.
 
         It stays until the next call: gradient checkpointing runs the layers again in the backward pass.
+
+        Args:
+            memory: what `remember` gave.
+            last_points_BL2: see `pointing.last_points`; None where the ids to come have none.
+            with_weights: keep the attention weights.
         """
         self._memory, self._with_weights, self.weights = memory, with_weights, []
+        if memory is not None:
+            self._mask = memory.mask
+            if last_points_BL2 is not None:
+                last_blocks = last_points_BL2.div(self._merge_size, rounding_mode="floor")
+                self._mask = memory.mask_passed(last_blocks, memory.keys[0].shape[1])
 
     def _look(
         self, number: int, module: nn.Module, args: tuple, kwargs: dict[str, Any]
@@ -164,7 +212,7 @@ class CrossAttentionLayers(nn.Module):
             return args, kwargs
         memory = self._memory
         hidden, weights = self.layers[number](
-            args[0], memory.keys[number], memory.values[number], memory.mask, self._with_weights
+            args[0], memory.keys[number], memory.values[number], self._mask, self._with_weights
         )
         if weights is not None:
             self.weights.append(weights)

@@ -25,6 +25,7 @@ from vlmslice.connectors import (
 )
 from vlmslice.cross_attention import CrossAttentionLayers, GatedCrossAttention, VisualMemory
 from vlmslice.dense_reader import DenseHead, dense_loss
+from vlmslice.pointing import last_points
 from vlmslice.position_embedding import sincos_2d
 from vlmslice.vision_encoder import VlmSliceVisionEncoder, patch_coordinates
 
@@ -40,6 +41,16 @@ class VlmSliceOutput(CausalLMOutputWithPast):
     auxiliary_loss: torch.Tensor | None = None
     metrics: dict | None = None
     visual_memory: VisualMemory | None = None
+
+
+@dataclass
+class ImageFeatures(BaseModelOutputWithPooling):
+    """Visual tokens `[tokens, E]` of each image in `pooler_output`, and where they lie.
+
+    `places`: for each image `[tokens, 2]`, row and column of the middle of a token on the canvas, in patches.
+    """
+
+    places: Sequence[torch.Tensor] | None = None
 
 
 class CanvasPosition(nn.Module):
@@ -62,18 +73,10 @@ class CanvasPosition(nn.Module):
         init.copy_(self.projection.weight, self._scale * torch.eye(*self.projection.weight.shape))
         nn.init.normal_(self.overview, std=self._scale)
 
-    def forward(
-        self,
-        cells_VQ2: torch.Tensor,
-        cell_grids_V2: torch.Tensor,
-        canvas_boxes: torch.Tensor,
-        is_overview_V: torch.Tensor,
-    ) -> torch.Tensor:
-        """`[V, Q, E]` for tokens at fractions `(cell + 0.5) / cell_grid` of their view's box on the canvas."""
-        fractions_VQ2 = (cells_VQ2 + 0.5) / cell_grids_V2[:, None]
-        origin_V12, end_V12 = canvas_boxes[:, None, :2], canvas_boxes[:, None, 2:]
-        places_VQ2 = (origin_V12 + fractions_VQ2 * (end_V12 - origin_V12)) / self._merge_size
-        embedding = sincos_2d(places_VQ2, self.dim, longest=400.0).to(self.projection.weight.dtype)
+    def forward(self, places_VQ2: torch.Tensor, is_overview_V: torch.Tensor) -> torch.Tensor:
+        """`[V, Q, E]` for tokens whose centres lie at rows and columns of the canvas, in patches."""
+        embedding = sincos_2d(places_VQ2 / self._merge_size, self.dim, longest=400.0)
+        embedding = embedding.to(self.projection.weight.dtype)
         return self.projection(embedding) + is_overview_V[:, None, None] * self.overview
 
 
@@ -166,7 +169,7 @@ class VlmSliceForConditionalGeneration(VlmSlicePreTrainedModel, GenerationMixin)
         target_sizes: torch.Tensor,
         canvas_boxes: torch.Tensor,
         num_views: torch.Tensor,
-    ) -> BaseModelOutputWithPooling:
+    ) -> ImageFeatures:
         """Visual tokens of all views.
 
         Args:
@@ -177,7 +180,7 @@ class VlmSliceForConditionalGeneration(VlmSlicePreTrainedModel, GenerationMixin)
 
         Returns:
             `pooler_output`: one `[tokens, E]` tensor per image, in order. `last_hidden_state`: patch features
-            `[V, T, D]`.
+            `[V, T, D]`. `places`: as `pooler_output`, of the tokens' places.
 
         Raises:
             ValueError: the views do not add up to the images'.
@@ -187,17 +190,30 @@ class VlmSliceForConditionalGeneration(VlmSlicePreTrainedModel, GenerationMixin)
                 f"num_views adds up to {int(num_views.sum())} views but pixel_values holds {pixel_values.shape[0]}; "
                 "pass the output of one VlmSliceProcessor call unchanged"
             )
-        features_VTD, valid_VT = self.vision_encoder(pixel_values, target_sizes)
-        tokens_VQE, valid_VQ = self.connector(features_VTD, valid_VT, target_sizes)
-        if self.canvas_position is not None:
-            cells_VQ2, grids_V2 = self._token_cells(target_sizes)
-            tokens_VQE = tokens_VQE + self.canvas_position(
-                cells_VQ2, grids_V2, canvas_boxes, _is_overview(num_views)
-            )
-        tokens_per_image = [int(tokens.sum()) for tokens in valid_VQ.sum(dim=1).split(num_views.tolist())]
-        return BaseModelOutputWithPooling(
-            last_hidden_state=features_VTD, pooler_output=tokens_VQE[valid_VQ].split(tokens_per_image)
+        features_VTD, valid_VT = self.vision_encoder(
+            pixel_values, target_sizes, canvas_boxes, num_views
         )
+        tokens_VQE, valid_VQ = self.connector(features_VTD, valid_VT, target_sizes)
+        places_VQ2 = self._token_places(target_sizes, canvas_boxes)
+        if self.canvas_position is not None:
+            tokens_VQE = tokens_VQE + self.canvas_position(places_VQ2, _is_overview(num_views))
+        tokens_per_image = [int(tokens.sum()) for tokens in valid_VQ.sum(dim=1).split(num_views.tolist())]
+        return ImageFeatures(
+            last_hidden_state=features_VTD,
+            pooler_output=tokens_VQE[valid_VQ].split(tokens_per_image),
+            places=places_VQ2[valid_VQ].split(tokens_per_image),
+        )
+
+    def _token_places(self, target_sizes: torch.Tensor, canvas_boxes: torch.Tensor) -> torch.Tensor:
+        """`[V, Q, 2]` row and column of the middle of each visual token on the canvas, in patches.
+
+        A token lies at the fraction `(cell + 0.5) / grid` of its view's box, cell being its place in the view's grid of
+        tokens.
+        """
+        cells_VQ2, grids_V2 = self._token_cells(target_sizes)
+        fractions_VQ2 = (cells_VQ2 + 0.5) / grids_V2[:, None]
+        origin_V12, end_V12 = canvas_boxes[:, None, :2], canvas_boxes[:, None, 2:]
+        return origin_V12 + fractions_VQ2 * (end_V12 - origin_V12)
 
     def _token_cells(self, target_sizes: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Row and column of each visual token in its view's grid of tokens, and the shape of that grid."""
@@ -234,9 +250,13 @@ class VlmSliceForConditionalGeneration(VlmSlicePreTrainedModel, GenerationMixin)
         use_cache: bool | None = None,
         logits_to_keep: int | torch.Tensor = 0,
         visual_memory: VisualMemory | None = None,
+        last_points: torch.LongTensor | None = None,
         **kwargs,
     ) -> VlmSliceOutput:
         """Runs the model on token ids and the views of their images; see `get_image_features` for the shapes.
+
+        `visual_memory` and `last_points` (see `pointing`) belong to ids that go on from a cache; those of whole
+        sequences are found from the images and ids.
 
         With `labels` the language loss is returned; with `label_NAME` arguments (cells, see `data.dense`) and a dense
         head the dense loss is added to it, and with `guide_entries` and `guide_shares` (see `attention_guide`) the
@@ -264,11 +284,11 @@ class VlmSliceForConditionalGeneration(VlmSlicePreTrainedModel, GenerationMixin)
                 tokens = torch.cat(image_outputs.pooler_output).to(inputs_embeds.dtype)
                 inputs_embeds = inputs_embeds.masked_scatter(mask.unsqueeze(-1), tokens)
             else:
-                inputs_embeds, visual_memory = self._remember(
-                    input_ids, inputs_embeds, image_outputs.pooler_output
-                )
+                inputs_embeds, visual_memory = self._remember(input_ids, inputs_embeds, image_outputs)
         if self.cross_attention is not None:
-            self.cross_attention.look_at(visual_memory, with_weights=is_guided)
+            if last_points is None and input_ids is not None:
+                last_points = self._last_points(input_ids)
+            self.cross_attention.look_at(visual_memory, last_points, with_weights=is_guided)
         outputs = self.language_model(
             inputs_embeds=inputs_embeds,
             attention_mask=attention_mask,
@@ -317,11 +337,18 @@ class VlmSliceForConditionalGeneration(VlmSlicePreTrainedModel, GenerationMixin)
             visual_memory=visual_memory if labels is None else None,
         )
 
+    def _last_points(self, input_ids: torch.Tensor) -> torch.Tensor | None:
+        if self.cross_attention is None or self.config.location_token_id is None:
+            return None
+        return last_points(input_ids, self.config.location_token_id)
+
     def _remember(
-        self, input_ids: torch.Tensor, inputs_embeds: torch.Tensor, tokens_of_images: Sequence[torch.Tensor]
+        self, input_ids: torch.Tensor, inputs_embeds: torch.Tensor, features: ImageFeatures
     ) -> tuple[torch.Tensor, VisualMemory]:
         """What the samples' layers look at; images and their placeholders are numbered within each sample."""
         assert self.cross_attention is not None
+        tokens_of_images, places_of_images = features.pooler_output, features.places
+        assert places_of_images is not None
         num_placeholders = int((input_ids == self.config.image_token_id).sum())
         if num_placeholders > len(tokens_of_images):
             raise ValueError(
@@ -337,9 +364,14 @@ class VlmSliceForConditionalGeneration(VlmSlicePreTrainedModel, GenerationMixin)
         numbered = iter(
             tokens + number for tokens, number in zip(tokens_of_images, numbers_of_images, strict=True)
         )
-        none = tokens_of_images[0][:0]
-        samples = [torch.cat([none, *(next(numbered) for _ in range(count))]) for count in counts]
-        return inputs_embeds, self.cross_attention.remember(samples)
+        tokens, places = (
+            [torch.cat([none, *(next(images) for _ in range(count))]) for count in counts]
+            for images, none in (
+                (numbered, tokens_of_images[0][:0]),
+                (iter(places_of_images), places_of_images[0][:0]),
+            )
+        )
+        return inputs_embeds, self.cross_attention.remember(tokens, places)
 
     def _expand_inputs_for_generation(
         self,
@@ -420,6 +452,10 @@ class VlmSliceForConditionalGeneration(VlmSlicePreTrainedModel, GenerationMixin)
             }
         else:
             model_inputs["visual_memory"] = visual_memory
+        if model_inputs.get("input_ids") is not None:
+            points = self._last_points(input_ids)
+            if points is not None:
+                model_inputs["last_points"] = points[:, -model_inputs["input_ids"].shape[1] :]
         return model_inputs
 
     def _update_model_kwargs_for_generation(self, outputs, model_kwargs, *args, **kwargs):

@@ -18,7 +18,7 @@ from timm.models.naflexvit import NaFlexVit, NaFlexVitCfg
 from torch import nn
 from transformers import PreTrainedConfig
 
-from vlmslice.conv_stem import ConvStem
+from vlmslice.conv_stem import ConvStem, lay_out_sheets
 from vlmslice.errors import suggestion
 from vlmslice.position_embedding import sincos_2d
 
@@ -189,13 +189,19 @@ class VlmSliceVisionEncoder(nn.Module):
             _initialise_for_small_runs(self.vit, self.stem)
 
     def forward(
-        self, pixel_values: torch.Tensor, target_sizes: torch.Tensor
+        self,
+        pixel_values: torch.Tensor,
+        target_sizes: torch.Tensor,
+        canvas_boxes: torch.Tensor | None = None,
+        num_views: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Encodes all views of a batch.
 
         Args:
             pixel_values: `[V, T, 3 * patch_size**2]`, channels last inside a patch, zero padded.
             target_sizes: `int64[V, 2]` patch grid of each view.
+            canvas_boxes, num_views: see `view_packing.PackedViews`. With them, stem `conv` sees the slices of an image
+                side by side; transformer blocks see a view alone in any case.
 
         Returns:
             Patch features `[V, T, D]` and `bool[V, T]`, True for real patches.
@@ -221,7 +227,8 @@ class VlmSliceVisionEncoder(nn.Module):
         self.vit.set_grad_checkpointing(self.gradient_checkpointing and self.training)
         pixel_values = pixel_values.to(next(self.vit.blocks.parameters()).dtype)
         if self.stem is not None:
-            pixel_values = self.stem(pixel_values, target_sizes)
+            sheets = lay_out_sheets(target_sizes, num_patches, canvas_boxes, num_views)
+            pixel_values = self.stem(pixel_values, sheets)
         # A batch without padding needs no mask, which saves the mask addition in every layer.
         output = self.vit.forward_features(
             pixel_values,

@@ -49,6 +49,20 @@ class TaskConfig:
     matplotlib: float = 0.1
 
 
+@dataclass(frozen=True)
+class Mention:
+    """Words of a question and what they name, whether it is counted or not.
+
+    Attributes:
+        start, end: characters of the question, the last one excluded.
+        points: centres of the objects.
+    """
+
+    start: int
+    end: int
+    points: list[Place]
+
+
 @dataclass
 class TaskSample:
     """A question about a scene.
@@ -57,6 +71,7 @@ class TaskSample:
         places: for each character of the answer, the points (y, x) of the picture that it rests on; empty where no
             place is known.
         points: centres of the objects that are counted; the answer points at each of them first.
+        mentions: words of the question that name objects, in order.
     """
 
     task: str
@@ -65,6 +80,7 @@ class TaskSample:
     answer: str
     places: list[list[Place]] = field(default_factory=list)
     points: list[Place] = field(default_factory=list)
+    mentions: list[Mention] = field(default_factory=list)
 
     def messages(self, points: Sequence[tuple[int, int]] = ()) -> list[dict]:
         """The sample as a conversation with one image; `points` are rows and columns, see `spatial_schema`."""

@@ -19,6 +19,9 @@ from vlmslice.processing import VlmSliceProcessor
 from vlmslice.slicing import SlicePlan, View
 from vlmslice.spatial_schema import IMAGE_TOKEN, LOCATION_TOKENS
 
+NOTHING = -1
+"""Among the keys of cross-attention, the place where nothing is."""
+
 Cell = tuple[int, int]
 """Row and column of a patch on the canvas."""
 
@@ -30,7 +33,9 @@ class TaskCollator:
       processor cuts the picture; left out with `dense=False`
     - `guide_entries`, `guide_shares`: see `attention_guide.guide_loss`; left out with `guide=False`. The place of a
       character, or of an object that is counted, is the visual token of the slice that covers its centre; the second
-      head is shown all objects that are counted. Needs a tokenizer with one id per UTF-8 byte of the answers.
+      head is shown all objects that are counted, and at the words of the question what they name. After the last of them there is no next one: with the connector
+      `cross_attention` the first head is then shown the key where nothing is, -1. Needs a tokenizer with one id per
+      UTF-8 byte of the answers.
 
     Answers that count point at the objects first; left out with `points=False`, for a tokenizer without location
     tokens.
@@ -137,6 +142,13 @@ class TaskCollator:
                     for token, number in Counter(guided).items():
                         entries.append([row, head, position - 1, placeholders[token]])
                         shares.append(number / len(guided))
+            for position, centers in _question_guide(sample, answer[0]):
+                for token, number in Counter(self._find_visual_token(plan, *c) for c in centers).items():
+                    entries.append([row, 1, position, placeholders[token]])
+                    shares.append(number / len(centers))
+            if shown and self.processor.one_placeholder:
+                entries.append([row, 0, answer[2 * len(shown)] - 1, NOTHING])
+                shares.append(1.0)
         return {
             "guide_entries": torch.tensor(entries, dtype=torch.int64).reshape(-1, 4),
             "guide_shares": torch.tensor(shares, dtype=torch.float32),
@@ -179,6 +191,29 @@ def _sorted_points(sample: TaskSample, plan: SlicePlan, shift: Cell) -> list[tup
             "lower max_aspect of the pictures or max_visual_tokens of the processor"
         )
     return sorted(zip(cells, sample.points, strict=True))
+
+
+def _question_guide(sample: TaskSample, answer: int) -> list[tuple[int, list[Place]]]:
+    """Positions of the question's bytes, with the objects to be seen there.
+
+    At the bytes of a mention it is what this mention names, after the last of them what is counted: of "Count the red
+    rings." at `red` all that is red, at `rings` all rings, at the full stop the red rings.
+
+    Args:
+        sample: with or without mentions.
+        answer: position of the answer's first id; `<|end|><|assistant|>` stand before it.
+    """
+    if not sample.mentions:
+        return []
+    first_byte = answer - 2 - len(sample.question.encode())
+    spans = [(mention.start, mention.end, mention.points) for mention in sample.mentions]
+    spans.append((spans[-1][1], len(sample.question), sample.points))
+    return [
+        (first_byte + len(sample.question[:character].encode()), points)
+        for start, end, points in spans
+        for character in range(start, end)
+        if points
+    ]
 
 
 def _positions(mask: torch.Tensor) -> list[int]:

@@ -20,9 +20,10 @@ from vlmslice.data.fonts import FontLibrary, load_font
 from vlmslice.data.paragraphs import find_line, read_page, read_paragraph, read_place
 from vlmslice.data.plots import read_plot
 from vlmslice.data.receipts import read_receipt
-from vlmslice.data.samples import Task, TaskConfig, TaskSample, find_places, reshape
+from vlmslice.data.samples import Mention, Task, TaskConfig, TaskSample, find_places, reshape
 from vlmslice.data.scenes import (
     Scene,
+    Shape,
     add_camera_effects,
     draw_line,
     ink_and_paper,
@@ -143,7 +144,19 @@ def count_shapes(
     centers = [s.center for s in placed if _matches(s.kind, s.color, form, asked_kind, asked_color, things)]
     scene = Scene(add_camera_effects(rng, image), shapes=placed)
     question = rng.choice(COUNT_QUESTIONS).format(things=things)
-    return TaskSample("count", scene, question, str(len(centers)), points=centers)
+    mentions = _find_mentions(question, things, placed)
+    return TaskSample("count", scene, question, str(len(centers)), points=centers, mentions=mentions)
+
+
+def _find_mentions(question: str, things: str, shapes: Sequence[Shape]) -> list[Mention]:
+    """What each word of `things` names: all shapes of a colour, of a kind, or all."""
+    mentions = []
+    start = question.index(things)
+    for word in things.split():
+        named = [s.center for s in shapes if word in (s.color, plural(s.kind), "shapes")]
+        mentions.append(Mention(start, start + len(word), named))
+        start += len(word) + 1
+    return mentions
 
 
 def plural(kind: str) -> str:
