@@ -59,13 +59,22 @@ class TestSight:
             )
             model(**batch, labels=batch["input_ids"], **guide)
         merge_size = model.config.slicing["merge_size"]
-        blocks = [(int(row // merge_size), int(col // merge_size)) for row, col in features.places[0].tolist()]
+        blocks = [
+            (int(row // merge_size), int(col // merge_size)) for row, col in features.places[0].tolist()
+        ]
         assert len(blocks) > len(set(blocks)) > 20  # slices, and an overview over them
         for weights in model.cross_attention.weights:
             seen = weights[0].gt(0)
             assert seen[..., -1].all()  # where nothing is
             assert seen[1::2].all()
-            for back, last in ((1, (4, 5)), (2, (2, 0)), (3, (2, 0)), (4, (1, 3)), (5, (1, 3)), (6, (-1, -1))):
+            for back, last in (
+                (1, (4, 5)),
+                (2, (2, 0)),
+                (3, (2, 0)),
+                (4, (1, 3)),
+                (5, (1, 3)),
+                (6, (-1, -1)),
+            ):
                 last_block = tuple(number // merge_size for number in last)
                 expected = torch.tensor([block > last_block for block in blocks])
                 assert torch.equal(seen[::2, -back, :-1], expected.expand(2, -1)), (back, last)
@@ -96,6 +105,4 @@ class TestSight:
                 assert out.sequences[0, length:].tolist() == answer
                 torch.testing.assert_close(torch.cat(out.logits), expected, atol=1e-4, rtol=1e-4)
             out = model.generate(**batch, **options, num_beams=2)
-            torch.testing.assert_close(
-                torch.stack(out.logits)[:, 0], expected, atol=1e-4, rtol=1e-4
-            )
+            torch.testing.assert_close(torch.stack(out.logits)[:, 0], expected, atol=1e-4, rtol=1e-4)

@@ -27,7 +27,6 @@ from transformers import PreTrainedModel
 from vlmslice.config import VlmSliceConfig
 from vlmslice.position_embedding import sincos_2d
 
-
 _BEYOND = 1 << 30
 
 
@@ -106,9 +105,7 @@ class GatedCrossAttention(nn.Module):
             weights = logits_BHLM.float().masked_fill(~mask, float("-inf")).softmax(-1)
             found_BHLK = weights.to(values_BHMK.dtype) @ values_BHMK
         else:
-            found_BHLK = F.scaled_dot_product_attention(
-                queries_BHLK, keys_BHMK, values_BHMK, attn_mask=mask
-            )
+            found_BHLK = F.scaled_dot_product_attention(queries_BHLK, keys_BHMK, values_BHMK, attn_mask=mask)
         found_BLE = self.output(found_BHLK.transpose(1, 2).flatten(2))
         return hidden_BLE + self.gate.tanh().to(found_BLE.dtype) * found_BLE, weights
 

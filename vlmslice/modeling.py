@@ -190,9 +190,7 @@ class VlmSliceForConditionalGeneration(VlmSlicePreTrainedModel, GenerationMixin)
                 f"num_views adds up to {int(num_views.sum())} views but pixel_values holds {pixel_values.shape[0]}; "
                 "pass the output of one VlmSliceProcessor call unchanged"
             )
-        features_VTD, valid_VT = self.vision_encoder(
-            pixel_values, target_sizes, canvas_boxes, num_views
-        )
+        features_VTD, valid_VT = self.vision_encoder(pixel_values, target_sizes, canvas_boxes, num_views)
         tokens_VQE, valid_VQ = self.connector(features_VTD, valid_VT, target_sizes)
         places_VQ2 = self._token_places(target_sizes, canvas_boxes)
         if self.canvas_position is not None:
@@ -348,7 +346,7 @@ class VlmSliceForConditionalGeneration(VlmSlicePreTrainedModel, GenerationMixin)
         """What the samples' layers look at; images and their placeholders are numbered within each sample."""
         assert self.cross_attention is not None
         tokens_of_images, places_of_images = features.pooler_output, features.places
-        assert places_of_images is not None
+        assert tokens_of_images is not None and places_of_images is not None
         num_placeholders = int((input_ids == self.config.image_token_id).sum())
         if num_placeholders > len(tokens_of_images):
             raise ValueError(

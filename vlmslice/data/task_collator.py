@@ -32,10 +32,10 @@ class TaskCollator:
     - `label_NAME`: `int64[V, T, cells]` for every name in `HEADS`, following the very plan by which the image
       processor cuts the picture; left out with `dense=False`
     - `guide_entries`, `guide_shares`: see `attention_guide.guide_loss`; left out with `guide=False`. The place of a
-      character, or of an object that is counted, is the visual token of the slice that covers its centre; the second
-      head is shown all objects that are counted, and at the words of the question what they name. After the last of them there is no next one: with the connector
-      `cross_attention` the first head is then shown the key where nothing is, -1. Needs a tokenizer with one id per
-      UTF-8 byte of the answers.
+      character, or of an object that is counted, is the visual token of the slice that covers its centre. The second
+      head is shown all objects that are counted and, at the words of the question, what they name. After the last
+      object there is no next one: with the connector `cross_attention` the first head is then shown `NOTHING`. Needs a
+      tokenizer with one id per UTF-8 byte of questions and answers.
 
     Answers that count point at the objects first; left out with `points=False`, for a tokenizer without location
     tokens.
