@@ -191,10 +191,17 @@ class VlmSliceProcessor(ProcessorMixin):
         """The text that stands in for the placeholder of one image."""
         return spell_image() if self.one_placeholder else spell_plan(image_inputs["plans"][image_idx])
 
+    @property
+    def location_token_id(self) -> int | None:
+        """Id of the first of `LOCATION_TOKENS`, after which the others follow; None without them."""
+        return self.tokenizer.get_added_vocab().get(LOCATION_TOKENS[0])
+
     def find_points(self, ids: Sequence[int]) -> list[tuple[int, int]]:
         """Row and column of each patch that an answer points at; see `spatial_schema`. A row without column is none."""
-        numbers = {self.tokenizer.convert_tokens_to_ids(token): i for i, token in enumerate(LOCATION_TOKENS)}
-        found = [numbers[token] for token in ids if token in numbers]
+        first = self.location_token_id
+        if first is None:
+            return []
+        found = [token - first for token in ids if 0 <= token - first < len(LOCATION_TOKENS)]
         return list(zip(found[::2], found[1::2], strict=False))
 
     @property

@@ -24,7 +24,6 @@ from vlmslice.data.task_collator import TaskCollator
 from vlmslice.data.tasks import Curriculum, TaskConfig, TaskDataset
 from vlmslice.dense_reader import DenseReader, adopt_dense_reader, save_dense_reader
 from vlmslice.slicing import SlicingConfig
-from vlmslice.spatial_schema import LOCATION_TOKENS
 from vlmslice.tokenization import build_byte_tokenizer
 from vlmslice.training import Stage
 from vlmslice.vision_encoder import VlmSliceVisionConfig
@@ -103,7 +102,7 @@ def build_config(connector: str = "cross_attention", slicing: SlicingConfig = SL
         dense_loss_weight=0.3,
         guide_loss_weight=GUIDE_LOSS_WEIGHT,
         image_token_id=processor.image_token_id,
-        location_token_id=tokenizer.convert_tokens_to_ids(LOCATION_TOKENS[0]),
+        location_token_id=processor.location_token_id,
         **CONNECTOR_OPTIONS.get(connector, {}),
     )
 
