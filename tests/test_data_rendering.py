@@ -199,6 +199,13 @@ class TestText:
             assert len(text.split(" ")) == num_words
             assert set(text) <= set(CHARACTERS + " ")
 
+    @pytest.mark.parametrize(("split", "least", "most"), [("train", 0.12, 0.2), ("eval", 0, 0.05)])
+    def test_lines_that_say_something_twice_are_for_training(self, split, least, most):
+        rng = random.Random(0)
+        lines = [random_words(rng, 4, split).split(" ") for _ in range(1000)]
+        repeating = sum(len(set(line)) < 4 for line in lines)
+        assert least <= repeating / 1000 <= most
+
     def test_all_characters_come_up(self):
         rng = random.Random(0)
         assert set("".join(random_token(rng) for _ in range(4000))) == set(CHARACTERS)

@@ -73,5 +73,13 @@ def random_token(rng: random.Random, split: str = "train") -> str:
 
 
 def random_words(rng: random.Random, num_words: int, split: str = "train") -> str:
-    """`num_words` tokens joined by single spaces."""
-    return " ".join(random_token(rng, split) for _ in range(num_words))
+    """`num_words` tokens joined by single spaces.
+
+    In training, one line in seven says something twice: who finds the place on the picture by what was written last
+    must learn to tell the two apart.
+    """
+    tokens = [random_token(rng, split) for _ in range(num_words)]
+    if split == "train" and num_words > 1 and rng.random() < 0.15:
+        first, second = sorted(rng.sample(range(num_words), 2))
+        tokens[second] = tokens[first]
+    return " ".join(tokens)
