@@ -183,7 +183,7 @@ class TestPlaces:
                     named = []
                 chosen = entries[:, 2] == first + index
                 assert entries[chosen][:, 1].eq(1).all()
-                expected = {placeholders[collator._find_visual_token(plan, *center)] for center in named}
+                expected = {placeholders[collator._see(sample, plan, center).token] for center in named}
                 assert set(entries[chosen][:, 3].tolist()) == expected
                 assert shares[chosen].sum() == pytest.approx(1 if named else 0)
         assert seen_forms == {True, False}
@@ -218,12 +218,11 @@ class TestPlaces:
 
     def test_point_beyond_the_location_tokens_is_refused(self):
         collator = build_collator()
-        [sample] = draw("count", 1)
-        sample.points = [(1e5, 3.0)]
+        collator.canvas_side = 10_000
         with pytest.raises(
             ValueError, match="^an object lies in row or column [0-9]+ of the canvas, expected less"
         ):
-            collator([sample])
+            collator(draw("count", 8))
 
     def test_lines_of_accented_letters(self):
         """Both bytes of an accented letter are shown its one place; a line break is shown none."""

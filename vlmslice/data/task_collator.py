@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import random
 from collections import Counter
 from collections.abc import Sequence
@@ -14,6 +13,7 @@ from vlmslice.connectors import query_grid
 from vlmslice.data.collator import IGNORED, VlmSliceCollator
 from vlmslice.data.dense import CELLS_PER_SIDE, HEADS, label_cells
 from vlmslice.data.samples import Place
+from vlmslice.data.sight import Cell, Sight, find_sight
 from vlmslice.data.tasks import TaskSample
 from vlmslice.processing import VlmSliceProcessor
 from vlmslice.slicing import SlicePlan, View
@@ -22,9 +22,6 @@ from vlmslice.spatial_schema import IMAGE_TOKEN, LOCATION_TOKENS
 NOTHING = -1
 """Among the keys of cross-attention, the place where nothing is."""
 
-Cell = tuple[int, int]
-"""Row and column of a patch on the canvas."""
-
 
 class TaskCollator:
     """`VlmSliceCollator` for `TaskSample`s, with what the renderer knows besides.
@@ -32,7 +29,7 @@ class TaskCollator:
     - `label_NAME`: `int64[V, T, cells]` for every name in `HEADS`, following the very plan by which the image
       processor cuts the picture; left out with `dense=False`
     - `guide_entries`, `guide_shares`: see `attention_guide.guide_loss`; left out with `guide=False`. The place of a
-      character, or of an object that is counted, is the visual token of the slice that covers its centre. The second
+      character, or of an object that is counted, is the visual token that sees its centre (see `sight`). The second
       head is shown all objects that are counted and, at the words of the question, what they name. After the last
       object there is no next one: with the connector `cross_attention` the first head is then shown `NOTHING`. Needs a
       tokenizer with one id per UTF-8 byte of questions and answers.
@@ -66,7 +63,7 @@ class TaskCollator:
         ]
         shifts = [self._shift(sample, plan) for sample, plan in zip(samples, plans, strict=True)]
         points = [
-            _sorted_points(sample, plan, shift) if self.points else []
+            self._sorted_points(sample, plan, shift) if self.points else []
             for sample, plan, shift in zip(samples, plans, shifts, strict=True)
         ]
         batch = self._conversations(
@@ -111,7 +108,7 @@ class TaskCollator:
         self,
         samples: Sequence[TaskSample],
         plans: list[SlicePlan],
-        points: list[list[tuple[Cell, Place]]],
+        points: list[list[tuple[Cell, int]]],
         input_ids: torch.Tensor,
         labels: torch.Tensor,
     ) -> dict[str, torch.Tensor]:
@@ -119,12 +116,14 @@ class TaskCollator:
         for row, (sample, plan, shown) in enumerate(zip(samples, plans, points, strict=True)):
             if not shown and not any(sample.places):
                 continue
-            places_of_ids = [[center] for _, center in shown for _ in ("row", "column")]
+            counted = [token for _, token in shown]
+            tokens_of_ids = [[token] for token in counted for _ in ("row", "column")]
             places_of_characters = sample.places or [[] for _ in sample.answer]
             for character, places in zip(sample.answer, places_of_characters, strict=True):
-                places_of_ids += [places] * len(character.encode())
+                tokens = [find_sight(plan, place, self._token_grid).token for place in places]
+                tokens_of_ids += [tokens] * len(character.encode())
             answer = _positions(labels[row] != IGNORED)
-            if len(answer) != len(places_of_ids) + 1:
+            if len(answer) != len(tokens_of_ids) + 1:
                 raise ValueError(
                     f"the answer {sample.answer!r} has {len(answer)} ids, expected two per point, one per byte and the "
                     "end; leave `places` out of samples for this tokenizer, and pass points=False"
@@ -135,15 +134,14 @@ class TaskCollator:
                 if self.processor.one_placeholder
                 else _positions(input_ids[row] == self._image_id)
             )
-            counted = [self._find_visual_token(plan, *center) for _, center in shown]
-            for position, places in zip(answer, places_of_ids, strict=False):
-                tokens = [self._find_visual_token(plan, *place) for place in places]
+            for position, tokens in zip(answer, tokens_of_ids, strict=False):
                 for head, guided in enumerate((tokens, counted)):
                     for token, number in Counter(guided).items():
                         entries.append([row, head, position - 1, placeholders[token]])
                         shares.append(number / len(guided))
             for position, centers in _question_guide(sample, answer[0]):
-                for token, number in Counter(self._find_visual_token(plan, *c) for c in centers).items():
+                tokens = [self._see(sample, plan, center).token for center in centers]
+                for token, number in Counter(tokens).items():
                     entries.append([row, 1, position, placeholders[token]])
                     shares.append(number / len(centers))
             if shown and self.processor.one_placeholder:
@@ -154,19 +152,26 @@ class TaskCollator:
             "guide_shares": torch.tensor(shares, dtype=torch.float32),
         }
 
-    def _find_visual_token(self, plan: SlicePlan, y: float, x: float) -> int:
-        """Index, among the visual tokens of an image, of the one in the slices that covers a point of the image."""
-        first = plan.overview.num_visual_tokens if plan.overview is not None else 0
-        height, width = plan.image_size
-        y, x = min(max(y, 0), height - 1), min(max(x, 0), width - 1)
-        for view in plan.slices:
-            top, left, bottom, right = view.box
-            if y < bottom and x < right:
-                rows, cols = self._token_grid(view)
-                row, col = int((y - top) / (bottom - top) * rows), int((x - left) / (right - left) * cols)
-                return first + row * cols + col
-            first += view.num_visual_tokens
-        raise AssertionError(f"no slice covers {(y, x)}")
+    def _sorted_points(self, sample: TaskSample, plan: SlicePlan, shift: Cell) -> list[tuple[Cell, int]]:
+        """Patch of the canvas and visual token of each object that the answer points at, in the order of pointing.
+
+        Raises:
+            ValueError: a patch lies beyond the location tokens.
+        """
+        sights = [self._see(sample, plan, center) for center in sample.points]
+        points = [((cell[0] + shift[0], cell[1] + shift[1]), token) for token, cell in sights]
+        furthest = max((part for cell, _ in points for part in cell), default=0)
+        if furthest >= len(LOCATION_TOKENS):
+            raise ValueError(
+                f"an object lies in row or column {furthest} of the canvas, expected less than {len(LOCATION_TOKENS)}; "
+                "lower max_aspect of the pictures or max_visual_tokens of the processor"
+            )
+        return sorted(points)
+
+    def _see(self, sample: TaskSample, plan: SlicePlan, center: Place) -> Sight:
+        """Where an object of the sample is seen; one that is no shape of the scene counts as small."""
+        heights = {shape.center: shape.box[2] - shape.box[0] for shape in sample.scene.shapes}
+        return find_sight(plan, center, self._token_grid, heights.get(center, 0.0))
 
     def _token_grid(self, view: View) -> tuple[int, int]:
         image_processor = self.processor.image_processor
@@ -174,23 +179,6 @@ class TaskCollator:
             return query_grid(view.num_visual_tokens)
         rows, cols = view.patch_grid
         return rows // image_processor.merge_size, cols // image_processor.merge_size
-
-
-def _sorted_points(sample: TaskSample, plan: SlicePlan, shift: Cell) -> list[tuple[Cell, Place]]:
-    """Patch of the canvas and centre of each object that the answer points at, in the order of pointing.
-
-    Raises:
-        ValueError: a patch lies beyond the location tokens.
-    """
-    places = [plan.to_canvas(*point) for point in sample.points]
-    cells = [(math.floor(row) + shift[0], math.floor(col) + shift[1]) for row, col in places]
-    furthest = max((part for cell in cells for part in cell), default=0)
-    if furthest >= len(LOCATION_TOKENS):
-        raise ValueError(
-            f"an object lies in row or column {furthest} of the canvas, expected less than {len(LOCATION_TOKENS)}; "
-            "lower max_aspect of the pictures or max_visual_tokens of the processor"
-        )
-    return sorted(zip(cells, sample.points, strict=True))
 
 
 def _question_guide(sample: TaskSample, answer: int) -> list[tuple[int, list[Place]]]:
