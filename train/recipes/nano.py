@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from functools import partial
 from pathlib import Path
 
@@ -236,8 +237,9 @@ WIDE = [
     ),
 ]
 
+# Pictures beyond a megapixel are shrunk to it, print included.
 LARGE = [
-    Curriculum(6_400, TaskConfig(megapixels=(0.05, 3.0)), {"read": 0.5, "count": 0.5}),
+    Curriculum(10_240, TaskConfig(megapixels=(0.03, 1.5), font_px=(10, 90)), {"read": 0.4, "count": 0.6}),
 ]
 
 # Of real lines among the pictures of each stage.
@@ -310,67 +312,48 @@ def nano(
         learning_rates={"vision_encoder.": 0.5},
         muon=MATRICES,
     )
-    # The eye has learned by now: its backward pass is saved.
-    count = Stage(
-        name="count",
-        model=partial(_build_frozen, guide_loss_weight=COUNT_GUIDE_LOSS_WEIGHT),
-        dataset=_mix(COUNT, fonts, 16, "count", data_root),
-        collator=TaskCollator(build_processor(slicing, connector), dense=False, canvas_side=CANVAS_SIDE),
-        arguments=_COMMON
-        | {
-            "per_device_train_batch_size": 16,
-            "gradient_accumulation_steps": 2,
-            "learning_rate": 1e-3,
-            "lr_scheduler_type": "constant_with_warmup",
-            "warmup_steps": 5,
-            "max_steps": COUNT[-1].until // 32,
-            "logging_steps": 10,
-            "save_steps": 50,
-        },
-        save=_save_reader,
-        muon=MATRICES,
-    )
-    # Larger pictures cost ten and a hundred times what small ones do.
-    wide = Stage(
-        name="wide",
-        model=_build_frozen,
-        dataset=_mix(WIDE, fonts, 8, "wide", data_root),
-        collator=TaskCollator(build_processor(slicing, connector), dense=False, canvas_side=CANVAS_SIDE),
-        arguments=_COMMON
-        | {
-            "per_device_train_batch_size": 8,
-            "gradient_accumulation_steps": 4,
-            "learning_rate": 1e-3,
-            "lr_scheduler_type": "constant_with_warmup",
-            "warmup_steps": 5,
-            "max_steps": WIDE[-1].until // 32,
-            "logging_steps": 10,
-            "save_steps": 20,
-        },
-        save=_save_reader,
-        muon=MATRICES,
-    )
-    large = Stage(
-        name="large",
-        model=_build_large,
-        dataset=_mix(LARGE, fonts, 4, "large", data_root),
-        collator=TaskCollator(
+
+    def go_on(name: str, steps: list[Curriculum], batch: tuple[int, int], **options) -> Stage:
+        """A stage of `batch` (pictures at once, accumulations).
+
+        The eye has learned by now: its backward pass is saved.
+        """
+        collator = TaskCollator(
             build_processor(slicing, connector),
             dense=False,
-            guide=connector == "cross_attention",
+            guide=options.pop("guide", True),
             canvas_side=CANVAS_SIDE,
-        ),
-        arguments=_COMMON
-        | {
-            "per_device_train_batch_size": 4,
-            "gradient_accumulation_steps": 4,
+        )
+        model, save = options.pop("model", _build_frozen), options.pop("save", _save_reader)
+        arguments = {
+            "per_device_train_batch_size": batch[0],
+            "gradient_accumulation_steps": batch[1],
             "learning_rate": 1e-3,
-            "lr_scheduler_type": "linear",
-            "max_steps": LARGE[-1].until // 16,
+            "lr_scheduler_type": "constant_with_warmup",
+            "max_steps": steps[-1].until // math.prod(batch),
             "logging_steps": 10,
-            "save_steps": 10,
-        },
+        }
+        dataset = _mix(steps, fonts, batch[0], name, data_root)
+        return Stage(name, model, dataset, collator, _COMMON | arguments | options, save, muon=MATRICES)
+
+    count = go_on(
+        "count",
+        COUNT,
+        (16, 2),
+        model=partial(_build_frozen, guide_loss_weight=COUNT_GUIDE_LOSS_WEIGHT),
+        warmup_steps=5,
+        save_steps=50,
+    )
+    # Larger pictures cost ten and a hundred times what small ones do.
+    wide = go_on("wide", WIDE, (8, 4), warmup_steps=5, save_steps=20)
+    large = go_on(
+        "large",
+        LARGE,
+        (4, 4),
+        model=_build_large,
+        guide=connector == "cross_attention",
+        lr_scheduler_type="linear",
+        save_steps=10,
         save=partial(_save_reader, dtype=torch.bfloat16),
-        muon=MATRICES,
     )
     return [eye, read, count, wide, large]
