@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tiny_models import tiny_config, tiny_processor
 
-from vlmslice.modeling import CanvasPosition
+from vlmslice.modeling import CanvasPosition, place_on_canvas
 from vlmslice.position_embedding import sincos_2d
 
 
@@ -77,7 +77,7 @@ class TestCanvasPosition:
         grids = torch.tensor([high, wide]).expand(7, 2)
         is_overview = torch.tensor([True] + [False] * 6)
         with torch.no_grad():
-            out = module(cells, grids, canvas_boxes, is_overview)
+            out = module(place_on_canvas(cells, grids, canvas_boxes), is_overview)
             overview = out[0] - module.overview
         slices = (
             out[1:].view(rows, cols, high, wide, -1).transpose(1, 2).reshape(rows * high, cols * wide, -1)
@@ -114,7 +114,7 @@ class TestCanvasPosition:
         cells, grids = torch.zeros(2, 1, 2), torch.ones(2, 2)
         boxes = torch.tensor([[0, 0, 4, 4]] * 2)
         with torch.no_grad():
-            marked, plain = module(cells, grids, boxes, torch.tensor([True, False]))
+            marked, plain = module(place_on_canvas(cells, grids, boxes), torch.tensor([True, False]))
         torch.testing.assert_close(marked - plain, module.overview.detach()[None])
         assert module.overview.norm() > 1
 

@@ -203,15 +203,8 @@ class VlmSliceForConditionalGeneration(VlmSlicePreTrainedModel, GenerationMixin)
         )
 
     def _token_places(self, target_sizes: torch.Tensor, canvas_boxes: torch.Tensor) -> torch.Tensor:
-        """`[V, Q, 2]` row and column of the middle of each visual token on the canvas, in patches.
-
-        A token lies at the fraction `(cell + 0.5) / grid` of its view's box, cell being its place in the view's grid of
-        tokens.
-        """
-        cells_VQ2, grids_V2 = self._token_cells(target_sizes)
-        fractions_VQ2 = (cells_VQ2 + 0.5) / grids_V2[:, None]
-        origin_V12, end_V12 = canvas_boxes[:, None, :2], canvas_boxes[:, None, 2:]
-        return origin_V12 + fractions_VQ2 * (end_V12 - origin_V12)
+        """`[V, Q, 2]` row and column of the middle of each visual token on the canvas, in patches."""
+        return place_on_canvas(*self._token_cells(target_sizes), canvas_boxes)
 
     def _token_cells(self, target_sizes: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Row and column of each visual token in its view's grid of tokens, and the shape of that grid."""
@@ -461,6 +454,15 @@ class VlmSliceForConditionalGeneration(VlmSlicePreTrainedModel, GenerationMixin)
         if outputs.get("visual_memory") is not None:
             model_kwargs["visual_memory"] = outputs.visual_memory
         return model_kwargs
+
+
+def place_on_canvas(
+    cells_VQ2: torch.Tensor, cell_grids_V2: torch.Tensor, canvas_boxes: torch.Tensor
+) -> torch.Tensor:
+    """Middles of cells, at fractions `(cell + 0.5) / cell_grid` of their view's box; rows and columns in patches."""
+    fractions_VQ2 = (cells_VQ2 + 0.5) / cell_grids_V2[:, None]
+    origin_V12, end_V12 = canvas_boxes[:, None, :2], canvas_boxes[:, None, 2:]
+    return origin_V12 + fractions_VQ2 * (end_V12 - origin_V12)
 
 
 def _images_per_sample(num_placeholders: list[int], tokens_per_image: list[int]) -> list[int]:
