@@ -37,7 +37,7 @@ def places_of_tokens(plan) -> list[tuple[float, float]]:
     size=st.floats(0, 900),
 )
 def test_cell_is_the_patch_of_the_token(height, width, y, x, size):
-    """So what was pointed at is what `VisualMemory.mask_passed` takes for passed, and nothing behind it."""
+    """So what was pointed at is what `VisualMemory.without_passed` takes for passed, and nothing behind it."""
     plan = plan_slices(height, width, CONFIG)
     token, cell = find_sight(plan, (y * height, x * width), patches, size)
     assert cell == tuple(math.floor(part) for part in places_of_tokens(plan)[token])

@@ -35,7 +35,7 @@ class VisualMemory(NamedTuple):
 
     Attributes:
         keys, values: `[B, H, M + 1, K]` for every looking layer. The last is a place where nothing is.
-        mask: `bool[B, 1, 1, M + 1]`, False at padding.
+        mask: `bool[B, 1, 1, M + 1]`, False at padding; after `without_passed`, `bool[B, H, L, M + 1]`.
         places: `int64[B, M + 1, 2]` row and column on the canvas, in blocks of patches (one block is one token of a
             slice); beyond all places for padding and for the last.
     """
@@ -45,16 +45,13 @@ class VisualMemory(NamedTuple):
     mask: torch.Tensor
     places: torch.Tensor
 
-    def mask_passed(self, last_points_BL2: torch.Tensor, num_heads: int) -> torch.Tensor:
-        """`bool[B, H, L, M + 1]`: `mask`, and False in even heads for what does not lie ahead of the last point.
-
-        `last_points_BL2`: rows and columns in blocks, too.
-        """
+    def without_passed(self, last_points_BL2: torch.Tensor) -> VisualMemory:
+        """The same, masked in even heads for what does not lie ahead of the last point; rows and columns in blocks."""
         rows_B1M, cols_B1M = self.places[:, None].unbind(-1)
         last_rows_BL1, last_cols_BL1 = last_points_BL2[:, :, None].unbind(-1)
         ahead_BLM = (rows_B1M > last_rows_BL1) | ((rows_B1M == last_rows_BL1) & (cols_B1M > last_cols_BL1))
-        sees_all_H = torch.arange(num_heads, device=self.mask.device) % 2 == 1
-        return self.mask & (ahead_BLM[:, None] | sees_all_H[None, :, None, None])
+        sees_all_H = torch.arange(self.keys[0].shape[1], device=self.mask.device) % 2 == 1
+        return self._replace(mask=self.mask & (ahead_BLM[:, None] | sees_all_H[None, :, None, None]))
 
 
 class GatedCrossAttention(nn.Module):
@@ -146,7 +143,6 @@ class CrossAttentionLayers(nn.Module):
         self._scale = config.connector_scale
         self._merge_size = config.slicing["merge_size"]
         self._memory: VisualMemory | None = None
-        self._mask: torch.Tensor | None = None
         self._with_weights = False
         self.weights: list[torch.Tensor] = []
         for number, index in enumerate(self.chosen):
@@ -195,12 +191,9 @@ class CrossAttentionLayers(nn.Module):
             last_points_BL2: see `pointing.last_points`; None where the ids to come have none.
             with_weights: keep the attention weights.
         """
+        if memory is not None and last_points_BL2 is not None:
+            memory = memory.without_passed(last_points_BL2.div(self._merge_size, rounding_mode="floor"))
         self._memory, self._with_weights, self.weights = memory, with_weights, []
-        if memory is not None:
-            self._mask = memory.mask
-            if last_points_BL2 is not None:
-                last_blocks = last_points_BL2.div(self._merge_size, rounding_mode="floor")
-                self._mask = memory.mask_passed(last_blocks, memory.keys[0].shape[1])
 
     def _look(
         self, number: int, module: nn.Module, args: tuple, kwargs: dict[str, Any]
@@ -209,7 +202,7 @@ class CrossAttentionLayers(nn.Module):
             return args, kwargs
         memory = self._memory
         hidden, weights = self.layers[number](
-            args[0], memory.keys[number], memory.values[number], self._mask, self._with_weights
+            args[0], memory.keys[number], memory.values[number], memory.mask, self._with_weights
         )
         if weights is not None:
             self.weights.append(weights)

@@ -192,7 +192,7 @@ class VlmSliceForConditionalGeneration(VlmSlicePreTrainedModel, GenerationMixin)
             )
         features_VTD, valid_VT = self.vision_encoder(pixel_values, target_sizes, canvas_boxes, num_views)
         tokens_VQE, valid_VQ = self.connector(features_VTD, valid_VT, target_sizes)
-        places_VQ2 = self._token_places(target_sizes, canvas_boxes)
+        places_VQ2 = place_on_canvas(*self._token_cells(target_sizes), canvas_boxes)
         if self.canvas_position is not None:
             tokens_VQE = tokens_VQE + self.canvas_position(places_VQ2, _is_overview(num_views))
         tokens_per_image = [int(tokens.sum()) for tokens in valid_VQ.sum(dim=1).split(num_views.tolist())]
@@ -201,10 +201,6 @@ class VlmSliceForConditionalGeneration(VlmSlicePreTrainedModel, GenerationMixin)
             pooler_output=tokens_VQE[valid_VQ].split(tokens_per_image),
             places=places_VQ2[valid_VQ].split(tokens_per_image),
         )
-
-    def _token_places(self, target_sizes: torch.Tensor, canvas_boxes: torch.Tensor) -> torch.Tensor:
-        """`[V, Q, 2]` row and column of the middle of each visual token on the canvas, in patches."""
-        return place_on_canvas(*self._token_cells(target_sizes), canvas_boxes)
 
     def _token_cells(self, target_sizes: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Row and column of each visual token in its view's grid of tokens, and the shape of that grid."""

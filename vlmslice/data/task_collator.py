@@ -139,11 +139,12 @@ class TaskCollator:
                     for token, number in Counter(guided).items():
                         entries.append([row, head, position - 1, placeholders[token]])
                         shares.append(number / len(guided))
-            for position, centers in _question_guide(sample, answer[0]):
-                tokens = [self._see(sample, plan, center).token for center in centers]
-                for token, number in Counter(tokens).items():
-                    entries.append([row, 1, position, placeholders[token]])
-                    shares.append(number / len(centers))
+            for positions, centers in _question_guide(sample, answer[0]):
+                seen = Counter(self._see(sample, plan, center).token for center in centers)
+                for position in positions:
+                    for token, number in seen.items():
+                        entries.append([row, 1, position, placeholders[token]])
+                        shares.append(number / len(centers))
             if shown and self.processor.one_placeholder:
                 entries.append([row, 0, answer[2 * len(shown)] - 1, NOTHING])
                 shares.append(1.0)
@@ -170,8 +171,8 @@ class TaskCollator:
 
     def _see(self, sample: TaskSample, plan: SlicePlan, center: Place) -> Sight:
         """Where an object of the sample is seen; one that is no shape of the scene counts as small."""
-        heights = {shape.center: shape.box[2] - shape.box[0] for shape in sample.scene.shapes}
-        return find_sight(plan, center, self._token_grid, heights.get(center, 0.0))
+        heights = (shape.box[2] - shape.box[0] for shape in sample.scene.shapes if shape.center == center)
+        return find_sight(plan, center, self._token_grid, next(heights, 0.0))
 
     def _token_grid(self, view: View) -> tuple[int, int]:
         image_processor = self.processor.image_processor
@@ -181,7 +182,7 @@ class TaskCollator:
         return rows // image_processor.merge_size, cols // image_processor.merge_size
 
 
-def _question_guide(sample: TaskSample, answer: int) -> list[tuple[int, list[Place]]]:
+def _question_guide(sample: TaskSample, answer: int) -> list[tuple[list[int], list[Place]]]:
     """Positions of the question's bytes, with the objects to be seen there.
 
     At the bytes of a mention it is what this mention names, after the last of them what is counted: of "Count the red
@@ -197,9 +198,8 @@ def _question_guide(sample: TaskSample, answer: int) -> list[tuple[int, list[Pla
     spans = [(mention.start, mention.end, mention.points) for mention in sample.mentions]
     spans.append((spans[-1][1], len(sample.question), sample.points))
     return [
-        (first_byte + len(sample.question[:character].encode()), points)
+        ([first_byte + len(sample.question[:character].encode()) for character in range(start, end)], points)
         for start, end, points in spans
-        for character in range(start, end)
         if points
     ]
 
