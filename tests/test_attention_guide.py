@@ -10,14 +10,16 @@ from vlmslice import VlmSliceImageProcessorPil, VlmSliceProcessor
 from vlmslice.attention_guide import guide_loss, guided_layers
 from vlmslice.data.collator import IGNORED
 from vlmslice.data.fonts import FontLibrary, matplotlib_font_dir
+from vlmslice.data.samples import TaskSample
 from vlmslice.data.shapes import COLORS
+from vlmslice.data.sight import find_sight
 from vlmslice.data.task_collator import NOTHING, TaskCollator
 from vlmslice.data.tasks import Curriculum, TaskConfig, TaskDataset, plural
 from vlmslice.spatial_schema import LOCATION_TOKENS
 from vlmslice.tokenization import build_byte_tokenizer
 
 
-def build_collator(connector: str = "spatial_resampler", dense: bool = False) -> TaskCollator:
+def build_collator(connector: str = "spatial_resampler", dense: tuple[str, ...] = ()) -> TaskCollator:
     image_processor = VlmSliceImageProcessorPil(**tiny_slicing(connector).to_dict())
     processor = VlmSliceProcessor(
         image_processor, build_byte_tokenizer(), one_placeholder=connector == "cross_attention"
@@ -36,6 +38,22 @@ def row_of(places: dict[int, float], length: int) -> torch.Tensor:
     for key, share in places.items():
         row[key] = share
     return row
+
+
+def relative_entries(batch: dict) -> list[set[tuple]]:
+    """Head, distance from the answer's first id, key and share of the entries of each turn of a batch of one."""
+    answers = torch.nonzero(batch["labels"][0] != IGNORED)[:, 0].tolist()
+    starts = [position for position in answers if position - 1 not in answers]
+    ends = [position for position in answers if position + 1 not in answers]
+    rows = list(zip(batch["guide_entries"].tolist(), batch["guide_shares"].tolist(), strict=True))
+    return [
+        {
+            (head, position - start, key, round(share, 5))
+            for (_, head, position, key), share in rows
+            if previous < position < end
+        }
+        for previous, start, end in zip([-1, *ends], starts, ends, strict=False)
+    ]
 
 
 class TestLoss:
@@ -183,10 +201,28 @@ class TestPlaces:
                     named = []
                 chosen = entries[:, 2] == first + index
                 assert entries[chosen][:, 1].eq(1).all()
-                expected = {placeholders[collator._see(sample, plan, center).token] for center in named}
+                expected = {
+                    placeholders[find_sight(plan, center, collator._token_grid).token] for center in named
+                }
                 assert set(entries[chosen][:, 3].tolist()) == expected
                 assert shares[chosen].sum() == pytest.approx(1 if named else 0)
         assert seen_forms == {True, False}
+
+    @pytest.mark.parametrize("connector", CONNECTORS)
+    def test_follow_ups_are_guided_as_first_questions_are(self, connector):
+        """The entries of each turn, counted from its answer, are those of the same question asked alone."""
+        collator = build_collator(connector)
+        answers_seen = set()
+        for sample in draw("count", 10, max_count=4, max_questions=4):
+            got = relative_entries(collator([sample]))
+            assert len(got) == len(sample.turns)
+            for turn, entries in zip(sample.turns, got, strict=True):
+                answers_seen.add(turn.answer)
+                alone = TaskSample(
+                    "count", sample.scene, turn.question, turn.answer, turn.places, turn.points, turn.mentions
+                )
+                assert [entries] == relative_entries(collator([alone]))
+        assert "0" in answers_seen and len(answers_seen) > 2
 
     def test_points_may_be_left_out(self):
         collator = build_collator()

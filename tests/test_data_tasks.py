@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from vlmslice.data import crowds, flowcharts, paragraphs, plots, receipts, screens, tables
-from vlmslice.data.dense import HEADS, label_cells
+from vlmslice.data.dense import HEADS, UNKNOWN, label_cells
 from vlmslice.data.fonts import (
     CHARACTERS,
     FontLibrary,
@@ -32,7 +32,8 @@ from vlmslice.data.plot_pillow import STYLES
 from vlmslice.data.plot_types import nice_ticks
 from vlmslice.data.samples import TaskConfig, TaskSample, reshape
 from vlmslice.data.scenes import Glyph, Region, Scene, luminance, sample_rng
-from vlmslice.data.tasks import TASKS, Curriculum, TaskDataset
+from vlmslice.data.shapes import COLORS
+from vlmslice.data.tasks import TASKS, Curriculum, TaskDataset, plural
 from vlmslice.data.text import words
 
 NEW = [name for name in TASKS if name not in ("read", "count", "chart")]
@@ -483,3 +484,54 @@ class TestPhotoEffects:
 )
 def test_reshape(height, width, aspects, min_area, expected):
     assert reshape(height, width, aspects, min_area) == expected
+
+
+class TestFollowUps:
+    def test_each_counts_the_shapes_that_its_words_name(self):
+        """Also none at all, and any of them may come first."""
+        firsts, numbers = set(), set()
+        for sample in samples("count", 60, TaskConfig(megapixels=(0.02, 0.05), max_questions=4)):
+            for turn in sample.turns:
+                [things] = re.findall(
+                    r"(\w+ )?(\w+)s(?: |[.])(?:are there|do you|in the image|$)", turn.question
+                )
+                color, kind = (word.strip() for word in things)
+                named = [
+                    shape.center
+                    for shape in sample.scene.shapes
+                    if (shape.color == color or color not in COLORS)
+                    and (kind == "shape" or plural(shape.kind) == f"{kind}s")
+                ]
+                assert sorted(turn.points) == sorted(named) and turn.answer == str(len(named)), turn
+                numbers.add(turn.answer)
+            firsts.add(sample.answer)
+            assert len(sample.turns) <= 4
+        assert {"0", "1", "2"} <= numbers and "0" in firsts
+
+    def test_one_question_by_default(self):
+        assert all(not sample.follow_ups for sample in samples("count", 10))
+
+    def test_a_conversation_has_its_image_once(self):
+        sample = next(s for s in samples("count", 20, TaskConfig(max_questions=4)) if len(s.turns) == 3)
+        messages = sample.messages([[(1, 2)], [], [(3, 4), (5, 6)]])
+        assert [message["role"] for message in messages] == ["user", "assistant"] * 3
+        blocks = [[block["type"] for block in message["content"]] for message in messages]
+        assert blocks == [
+            ["image", "text"],
+            ["points", "text"],
+            ["text"],
+            ["text"],
+            ["text"],
+            ["points", "text"],
+        ]
+        assert messages[5]["content"][0]["points"] == [(3, 4), (5, 6)]
+
+
+class TestUnlistedScenes:
+    def test_labels_say_that_nobody_knows(self):
+        [sample] = samples("count", 1)
+        height, width = sample.scene.image.size[::-1]
+        scene = Scene(sample.scene.image, is_listed=False)
+        moved = scene.moved(scene.image, lambda boxes: boxes)
+        for name, labels in label_cells(moved, (0, 0, height, width), (2, 3)).items():
+            assert name in HEADS and labels.shape == (6, 4) and (labels == UNKNOWN).all()

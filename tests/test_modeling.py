@@ -21,7 +21,8 @@ from tiny_models import (
 from torch.nn import functional as F
 from transformers import GPT2Config
 
-from vlmslice.data.dense import CELLS_PER_SIDE, HEADS
+from vlmslice.data.dense import CELLS_PER_SIDE, HEADS, UNKNOWN
+from vlmslice.dense_reader import dense_loss
 from vlmslice.modeling import VlmSliceForConditionalGeneration, _is_overview
 from vlmslice.tokenization import build_byte_tokenizer
 from vlmslice.vision_encoder import VlmSliceVisionConfig
@@ -393,6 +394,28 @@ class TestLoading:
         loaded = VlmSliceForConditionalGeneration.from_pretrained(tmp_path)
         assert torch.equal(logits(loaded, shared_inputs()), logits(model, shared_inputs()))
 
+    def test_canvas_mixer(self, tmp_path):
+        """Trained, it changes what the model says of a picture, alone as in a batch; a fresh one is no-op."""
+        vision = {"hidden_size": 32, "timm_kwargs": shared_model().config.vision_config.timm_kwargs}
+        without = tiny_model(vision_config=VlmSliceVisionConfig(**vision))
+        without.save_pretrained(tmp_path / "without")
+        config = VlmSliceVisionConfig(**vision, canvas_dilations=[1, 2])
+        model = VlmSliceForConditionalGeneration.from_pretrained(tmp_path / "without", vision_config=config)
+        inputs = shared_inputs()
+        assert torch.equal(logits(model, inputs), logits(without, inputs))
+        torch.manual_seed(0)
+        for parameter in model.vision_encoder.mixer.parameters():
+            torch.nn.init.normal_(parameter, std=0.3)
+        assert not torch.allclose(logits(model, inputs), logits(without, inputs), atol=1e-2)
+        model.save_pretrained(tmp_path / "with")
+        loaded = VlmSliceForConditionalGeneration.from_pretrained(tmp_path / "with")
+        assert torch.equal(logits(loaded, inputs), logits(model, inputs))
+        assert answer(loaded, inputs) == [
+            found
+            for index in range(len(CHATS))
+            for found in answer(loaded, shared_inputs("spatial_resampler", index))
+        ]
+
     def test_dense_head_that_the_checkpoint_lacks(self, tmp_path):
         shared_model().save_pretrained(tmp_path)
         loaded = VlmSliceForConditionalGeneration.from_pretrained(tmp_path, dense_loss_weight=0.5)
@@ -463,6 +486,33 @@ class TestTraining:
         for label in labels.values():
             label[~valid] = 1
         assert model(**inputs, **labels, labels=inputs["input_ids"]).loss == before
+
+    def test_cells_of_which_nobody_knows_do_not_count(self):
+        """And where nobody knows of any, there is no dense loss."""
+        model, inputs = tiny_model(dense_loss_weight=1.0), shared_inputs()
+        labels = dense_labels(inputs)
+        half = {name: label.clone() for name, label in labels.items()}
+        for label in half.values():
+            label[:, 1::2] = UNKNOWN
+        logits_of_names = model.dense_head(
+            model.get_image_features(
+                **{k: inputs[k] for k in ("pixel_values", "target_sizes", "canvas_boxes", "num_views")}
+            ).last_hidden_state
+        )
+        valid = torch.arange(inputs["pixel_values"].shape[1]) < inputs["target_sizes"].prod(1, keepdim=True)
+        short = {name.removeprefix("label_"): label for name, label in half.items()}
+        got, _ = dense_loss(logits_of_names, short, valid)
+        expected, _ = dense_loss(
+            {name: x[:, ::2] for name, x in logits_of_names.items()},
+            {name: label[:, ::2] for name, label in short.items()},
+            valid[:, ::2],
+        )
+        torch.testing.assert_close(got, expected)
+        nothing = {name: torch.full_like(label, UNKNOWN) for name, label in labels.items()}
+        outputs = model(**inputs, **nothing, labels=inputs["input_ids"])
+        assert outputs.auxiliary_loss == 0
+        outputs.loss.backward()
+        assert model.dense_head.projection.weight.grad.eq(0).all()
 
     @all_connectors
     def test_every_parameter_learns(self, connector):

@@ -24,14 +24,16 @@ class MatrixConv2d(nn.Linear):
     `kernel_size` it halves (or so) the map; with stride 1 it keeps its size.
     """
 
-    def __init__(self, in_channels: int, out_channels: int, kernel_size: int, stride: int = 1):
+    def __init__(
+        self, in_channels: int, out_channels: int, kernel_size: int, stride: int = 1, dilation: int = 1
+    ):
         super().__init__(kernel_size**2 * in_channels, out_channels)
-        self.kernel_size, self.stride = kernel_size, stride
+        self.kernel_size, self.stride, self.dilation = kernel_size, stride, dilation
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         weight = self.weight.unflatten(1, (self.kernel_size, self.kernel_size, -1)).permute(0, 3, 1, 2)
-        padding = self.kernel_size // 2 if self.stride == 1 else 0
-        y = F.conv2d(x.permute(0, 3, 1, 2), weight, self.bias, self.stride, padding)
+        padding = self.dilation * (self.kernel_size // 2) if self.stride == 1 else 0
+        y = F.conv2d(x.permute(0, 3, 1, 2), weight, self.bias, self.stride, padding, self.dilation)
         return y.permute(0, 2, 3, 1)
 
 
@@ -110,10 +112,10 @@ def lay_out_sheets(
     canvas_boxes: torch.Tensor | None = None,
     num_views: torch.Tensor | None = None,
 ) -> list[torch.Tensor]:
-    """The maps of patches on which the stem runs, `int64[height, width]` each, of indices into the V * T patches.
+    """The maps of patches on which convolutions run, `int64[height, width]` each, of indices into the V * T patches.
 
     The slices of an image lie side by side on one sheet, so a glyph or a shape that a seam cuts is seen whole. An
-    overview is a sheet of its own; without `canvas_boxes`, so is every view.
+    overview is a sheet of its own, before that of its slices; without `canvas_boxes`, so is every view.
 
     Args:
         target_sizes: `int64[V, 2]` patch grids.

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from vlmslice.data.dense import CELLS_PER_SIDE, HEADS
+from vlmslice.data.dense import CELLS_PER_SIDE, HEADS, UNKNOWN
 from vlmslice.process_group import average_over_processes
 from vlmslice.vision_encoder import VlmSliceVisionConfig, VlmSliceVisionEncoder
 
@@ -45,7 +45,7 @@ def dense_loss(
 
     Args:
         logits: `[V, T, cells, classes]` by name.
-        labels: `int64[V, T, cells]` by name; 0 where nothing is.
+        labels: `int64[V, T, cells]` by name; 0 where nothing is, `UNKNOWN` where nobody knows.
         valid: `bool[V, T]`, False at padding.
     """
     sums, weights, right = [], [], {}
@@ -57,14 +57,16 @@ def dense_loss(
         weight[0] = _EMPTY_WEIGHTS[name]
         sums.append(
             _LOSS_WEIGHTS[name]
-            * F.cross_entropy(logit.flatten(0, 1), label.flatten(), weight, reduction="sum")
+            * F.cross_entropy(
+                logit.flatten(0, 1), label.flatten(), weight, ignore_index=UNKNOWN, reduction="sum"
+            )
         )
-        weights.append(weight[label.flatten()].sum())
+        weights.append(weight[label[label != UNKNOWN]].sum())
         with torch.no_grad():
             present = label > 0
             hits = (logit.argmax(-1) == label)[present]
             right[name] = hits.float().mean() if len(hits) else torch.tensor(float("nan"))
-    divisors = average_over_processes(torch.stack(weights))
+    divisors = average_over_processes(torch.stack(weights)).clamp_min(1e-6)
     return (torch.stack(sums) / divisors).sum(), right
 
 

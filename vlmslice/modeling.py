@@ -12,6 +12,7 @@ from transformers import initialization as init
 from transformers.modeling_outputs import BaseModelOutputWithPooling, CausalLMOutputWithPast
 
 from vlmslice.attention_guide import guide_loss
+from vlmslice.canvas_mixer import CanvasMixer
 from vlmslice.config import VlmSliceConfig
 from vlmslice.connectors import (
     BlockProjection,
@@ -82,6 +83,7 @@ class CanvasPosition(nn.Module):
 
 _OWN_MODULES = (
     BlockProjection,
+    CanvasMixer,
     CanvasPosition,
     CrossAttention,
     DenseHead,

@@ -18,6 +18,7 @@ from timm.models.naflexvit import NaFlexVit, NaFlexVitCfg
 from torch import nn
 from transformers import PreTrainedConfig
 
+from vlmslice.canvas_mixer import CanvasMixer
 from vlmslice.conv_stem import ConvStem, lay_out_sheets
 from vlmslice.errors import suggestion
 from vlmslice.position_embedding import sincos_2d
@@ -40,6 +41,8 @@ class VlmSliceVisionConfig(PreTrainedConfig):
     was altered by fine-tuning is used with `feature_layer=11`. None keeps all.
 
     `stem` is `"timm"` for the architecture's own linear patch embedding, or `"conv"` for `ConvStem`.
+
+    `canvas_dilations` puts a `CanvasMixer` after the blocks, one layer for each dilation. None has no such mixer.
     """
 
     model_type = "vlmslice_vision"
@@ -51,6 +54,7 @@ class VlmSliceVisionConfig(PreTrainedConfig):
     patch_size: int = 16
     feature_layer: int | None = None
     stem: str = "timm"
+    canvas_dilations: list[int] | None = None
 
     @property
     def patch_dim(self) -> int:
@@ -185,6 +189,9 @@ class VlmSliceVisionEncoder(nn.Module):
         self.config = config
         self.vit = build_timm_vit(config)
         self.stem = _build_stem(config)
+        self.mixer = (
+            CanvasMixer(config.hidden_size, config.canvas_dilations) if config.canvas_dilations else None
+        )
         if config.architecture == _GENERIC:
             _initialise_for_small_runs(self.vit, self.stem)
 
@@ -200,8 +207,8 @@ class VlmSliceVisionEncoder(nn.Module):
         Args:
             pixel_values: `[V, T, 3 * patch_size**2]`, channels last inside a patch, zero padded.
             target_sizes: `int64[V, 2]` patch grid of each view.
-            canvas_boxes, num_views: see `view_packing.PackedViews`. With them, stem `conv` sees the slices of an image
-                side by side; transformer blocks see a view alone in any case.
+            canvas_boxes, num_views: see `view_packing.PackedViews`. With them, stem `conv` and the mixer see the slices
+                of an image side by side; transformer blocks see a view alone in any case.
 
         Returns:
             Patch features `[V, T, D]` and `bool[V, T]`, True for real patches.
@@ -226,8 +233,10 @@ class VlmSliceVisionEncoder(nn.Module):
         self._choose_attention_kernel(pixel_values.device)
         self.vit.set_grad_checkpointing(self.gradient_checkpointing and self.training)
         pixel_values = pixel_values.to(next(self.vit.blocks.parameters()).dtype)
-        if self.stem is not None:
+        sheets = []
+        if self.stem is not None or self.mixer is not None:
             sheets = lay_out_sheets(target_sizes, num_patches, canvas_boxes, num_views)
+        if self.stem is not None:
             pixel_values = self.stem(pixel_values, sheets)
         # A batch without padding needs no mask, which saves the mask addition in every layer.
         output = self.vit.forward_features(
@@ -236,6 +245,10 @@ class VlmSliceVisionEncoder(nn.Module):
             patch_valid=None if full else valid_VT,
         )
         features_VTD = output["patches"][:, self.vit.num_prefix_tokens :]
+        if self.mixer is not None:
+            if num_views is None or canvas_boxes is None:
+                num_views = torch.ones_like(target_sizes[:, 0])
+            features_VTD = self.mixer(features_VTD, sheets, num_views)
         return features_VTD, valid_VT
 
     def _choose_attention_kernel(self, device: torch.device) -> None:

@@ -45,7 +45,7 @@ def align(model: Path) -> list[Stage]:
             name="align",
             model=partial(build_model, model),
             dataset=TaskDataset(steps, FontLibrary("train"), group=8),
-            collator=TaskCollator(processor, dense=False, guide=False, points=False),
+            collator=TaskCollator(processor, dense=(), guide=False, points=False),
             arguments={
                 "bf16": True,
                 "per_device_train_batch_size": 8,

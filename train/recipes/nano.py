@@ -44,6 +44,7 @@ CANVAS_SIDE = 128
 MATRICES = (
     "vision_encoder.vit.blocks.",
     "vision_encoder.stem.",
+    "vision_encoder.mixer.",
     "connector.",
     "cross_attention.",
     "language_model.model.layers.",
@@ -52,6 +53,7 @@ MATRICES = (
 VISION = {
     "hidden_size": 256,
     "stem": "conv",
+    "canvas_dilations": [1, 2, 4, 1],
     "timm_kwargs": {
         "depth": 3,
         "num_heads": 4,
@@ -129,11 +131,12 @@ def _build_reader(
 
 
 def _build_frozen(previous: Path | None, guide_loss_weight: float = WIDE_GUIDE_LOSS_WEIGHT) -> nn.Module:
-    """The model of the stage before, its encoder frozen."""
+    """The model of the stage before, its encoder frozen but for what it sees beyond a slice."""
     model = VlmSliceForConditionalGeneration.from_pretrained(previous, dtype=torch.float32)
     model.config.guide_loss_weight = guide_loss_weight
     model.set_attn_implementation({"text_config": "eager"})
     model.vision_encoder.requires_grad_(False)
+    model.vision_encoder.mixer.requires_grad_(True)
     return model
 
 
@@ -149,16 +152,21 @@ def _build_large(previous: Path | None) -> nn.Module:
     return model
 
 
-def _save_reader(model: nn.Module, folder: Path, dtype: torch.dtype = torch.float32) -> None:
-    """Weights with everything that `from_pretrained` needs; the dense head stays out."""
+def _save_reader(model: nn.Module, folder: Path) -> None:
+    """Weights with everything that `from_pretrained` needs."""
     processor = build_processor(SlicingConfig.from_dict(model.config.slicing), model.config.connector)
     model.stop_as(processor.tokenizer)
     model.config.use_cache = True  # the Trainer turns it off
+    model.save_pretrained(folder)
+    processor.save_pretrained(folder)
+
+
+def _save_for_use(model: nn.Module, folder: Path) -> None:
+    """As `_save_reader`, in bf16 and without what only training needs."""
     model.config.dense_loss_weight = 0.0
     model.config.guide_loss_weight = 0.0
     model.dense_head = None
-    model.to(dtype).save_pretrained(folder)
-    processor.save_pretrained(folder)
+    _save_reader(model.to(torch.bfloat16), folder)
 
 
 _COMMON = {
@@ -232,14 +240,18 @@ COUNT = [
 WIDE = [
     Curriculum(
         16_000,
-        TaskConfig(megapixels=(0.015, 0.4), num_lines=(2, 5), max_answer=120, photo=0.1),
+        TaskConfig(megapixels=(0.015, 0.4), num_lines=(2, 5), max_answer=120, photo=0.1, max_questions=4),
         {"read": 0.3, "paragraph": 0.1, "count": 0.6},
     ),
 ]
 
 # Pictures beyond a megapixel are shrunk to it, print included.
 LARGE = [
-    Curriculum(10_240, TaskConfig(megapixels=(0.03, 1.5), font_px=(10, 90)), {"read": 0.4, "count": 0.6}),
+    Curriculum(
+        10_240,
+        TaskConfig(megapixels=(0.03, 1.5), font_px=(10, 90), max_questions=4),
+        {"read": 0.4, "count": 0.6},
+    ),
 ]
 
 # Of real lines among the pictures of each stage.
@@ -320,7 +332,7 @@ def nano(
         """
         collator = TaskCollator(
             build_processor(slicing, connector),
-            dense=False,
+            dense=("kind", "color", "center"),
             guide=options.pop("guide", True),
             canvas_side=CANVAS_SIDE,
         )
@@ -333,7 +345,8 @@ def nano(
             "max_steps": steps[-1].until // math.prod(batch),
             "logging_steps": 10,
         }
-        dataset = _mix(steps, fonts, batch[0], name, data_root)
+        # Two processes then have pictures of one size at a time, and neither waits for the other.
+        dataset = _mix(steps, fonts, 2 * batch[0], name, data_root)
         return Stage(name, model, dataset, collator, _COMMON | arguments | options, save, muon=MATRICES)
 
     count = go_on(
@@ -354,6 +367,6 @@ def nano(
         guide=connector == "cross_attention",
         lr_scheduler_type="linear",
         save_steps=10,
-        save=partial(_save_reader, dtype=torch.bfloat16),
+        save=_save_for_use,
     )
     return [eye, read, count, wide, large]

@@ -121,7 +121,7 @@ def tiny() -> list[Stage]:
         name="answer",
         model=build_model,
         dataset=TaskDataset([Curriculum(256, TASK, {"read": 0.5, "count": 0.5})], fonts, group=8),
-        collator=TaskCollator(build_processor(), dense=False),
+        collator=TaskCollator(build_processor(), dense=()),
         arguments=COMMON | {"max_steps": 60},
         save=save_model,
         learning_rates={"vision_encoder.": 0.3},

@@ -45,6 +45,9 @@ HEADS = {
 }
 """Name and number of classes of each label of a cell; of `glyph`, the k-th cell is the k-th character of the patch."""
 
+UNKNOWN = -100
+"""Label of a cell of which nobody knows what is there."""
+
 _CHARACTER_LABEL = {c: i + 1 for i, c in enumerate(CHARACTERS)}
 _KIND_LABEL = {k: i + 1 for i, k in enumerate(KINDS)}
 _COLOR_LABEL = {c: i + 1 for i, c in enumerate(COLORS)}
@@ -73,8 +76,12 @@ def label_cells(
 
     Returns:
         For each name in `HEADS` an `int64[patches, CELLS_PER_SIDE**2]`, patches and cells row-major. A patch that
-        holds the centres of more characters than it has cells names the first of them in `glyph`.
+        holds the centres of more characters than it has cells names the first of them in `glyph`. All `UNKNOWN` where
+        the scene is not listed.
     """
+    if not scene.is_listed:
+        unknown = np.full((patch_grid[0] * patch_grid[1], CELLS_PER_SIDE**2), UNKNOWN, dtype=np.int64)
+        return dict.fromkeys(HEADS, unknown)
     rows, cols = patch_grid[0] * CELLS_PER_SIDE, patch_grid[1] * CELLS_PER_SIDE
     top, left, bottom, right = box
     cell_h, cell_w = (bottom - top) / rows, (right - left) / cols

@@ -93,8 +93,7 @@ def _rows(root: Path, name: str) -> Iterable[Row]:
 class RealDataset(Sequence[TaskSample]):
     """Samples of real sets, in the order of the files; images are loaded when a sample is asked for.
 
-    Which question is asked and how a line is cropped is drawn from seed and index, as in rendered tasks. The scenes
-    hold no glyphs: batch them with `TaskCollator(dense=False)`, for the dense loss would take them for blank.
+    Which question is asked and how a line is cropped is drawn from seed and index, as in rendered tasks.
 
     Args:
         data_root: folder of the JSONL files.
@@ -132,7 +131,7 @@ class RealDataset(Sequence[TaskSample]):
         name, row = self._entries[index]
         image = load_image(self.root / row["image"])
         rng = sample_rng(self.seed, f"real-{name}", range(len(self))[index])
-        return _READERS[name](rng, row, Scene(image))
+        return _READERS[name](rng, row, Scene(image, is_listed=False))
 
 
 def _read_receipt(rng: random.Random, row: Row, scene: Scene) -> TaskSample:
@@ -158,7 +157,9 @@ def _read_receipt_line(rng: random.Random, row: Row, scene: Scene) -> TaskSample
     )
     box = (top - crop_top, left - crop_left, bottom - crop_top, right - crop_left)
     lines = [Region("line", row["answer"], box)]
-    return TaskSample("read", Scene(crop, regions=lines), rng.choice(LINE_QUESTIONS), row["answer"])
+    return TaskSample(
+        "read", Scene(crop, regions=lines, is_listed=False), rng.choice(LINE_QUESTIONS), row["answer"]
+    )
 
 
 def _count_cells(rng: random.Random, row: Row, scene: Scene) -> TaskSample:

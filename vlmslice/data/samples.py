@@ -25,6 +25,7 @@ class TaskConfig:
         max_characters: lines are cut to whole words within this length (at least one word).
         font_px: smallest and largest font size, px per em, before the line is made to fit.
         max_count: largest count of shapes.
+        max_questions: questions about one picture of shapes; to look at a large picture costs more than to answer.
         split: "train" or "eval": which words and which chart styles are used.
         num_lines: fewest and most lines of a paragraph, items of a receipt, rows of a table, boxes of a flowchart.
         max_answer: characters of a read-out at most; pictures hold no more text than this.
@@ -40,6 +41,7 @@ class TaskConfig:
     max_characters: int = 60
     font_px: tuple[float, float] = (14.0, 90.0)
     max_count: int = 10
+    max_questions: int = 1
     split: str = "train"
     num_lines: tuple[int, int] = (2, 8)
     max_answer: int = 400
@@ -64,8 +66,8 @@ class Mention:
 
 
 @dataclass
-class TaskSample:
-    """A question about a scene.
+class Turn:
+    """A question and its answer.
 
     Attributes:
         places: for each character of the answer, the points (y, x) of the picture that it rests on; empty where no
@@ -74,6 +76,17 @@ class TaskSample:
         mentions: words of the question that name objects, in order.
     """
 
+    question: str
+    answer: str
+    places: list[list[Place]] = field(default_factory=list)
+    points: list[Place] = field(default_factory=list)
+    mentions: list[Mention] = field(default_factory=list)
+
+
+@dataclass
+class TaskSample:
+    """A question about a scene, see `Turn`, and those that follow it in the same conversation."""
+
     task: str
     scene: Scene
     question: str
@@ -81,14 +94,27 @@ class TaskSample:
     places: list[list[Place]] = field(default_factory=list)
     points: list[Place] = field(default_factory=list)
     mentions: list[Mention] = field(default_factory=list)
+    follow_ups: list[Turn] = field(default_factory=list)
 
-    def messages(self, points: Sequence[tuple[int, int]] = ()) -> list[dict]:
-        """The sample as a conversation with one image; `points` are rows and columns, see `spatial_schema`."""
-        question = [{"type": "image"}, {"type": "text", "text": self.question}]
-        answer: list[dict] = [{"type": "text", "text": self.answer}]
-        if points:
-            answer.insert(0, {"type": "points", "points": list(points)})
-        return [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+    @property
+    def turns(self) -> list[Turn]:
+        first = Turn(self.question, self.answer, self.places, self.points, self.mentions)
+        return [first, *self.follow_ups]
+
+    def messages(self, points: Sequence[Sequence[tuple[int, int]]] = ()) -> list[dict]:
+        """The sample as a conversation with one image.
+
+        `points`: for each turn, the rows and columns of what is counted, see `spatial_schema`.
+        """
+        messages: list[dict] = []
+        for number, turn in enumerate(self.turns):
+            question: list[dict] = [{"type": "text", "text": turn.question}]
+            answer: list[dict] = [{"type": "text", "text": turn.answer}]
+            if number < len(points) and points[number]:
+                answer.insert(0, {"type": "points", "points": list(points[number])})
+            messages += [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+        messages[0]["content"].insert(0, {"type": "image"})
+        return messages
 
 
 Task = Callable[[random.Random, TaskConfig, FontLibrary, int, int], TaskSample]

@@ -66,10 +66,13 @@ class Region:
 
 @dataclass
 class Scene:
+    """A picture and what is on it; of a photograph, whose glyphs and shapes nobody listed, `is_listed` is False."""
+
     image: Image.Image
     glyphs: list[Glyph] = field(default_factory=list)
     shapes: list[Shape] = field(default_factory=list)
     regions: list[Region] = field(default_factory=list)
+    is_listed: bool = True
 
     def moved(self, image: Image.Image, move: Callable[[np.ndarray], np.ndarray]) -> Scene:
         """The same things on another picture.
@@ -86,6 +89,7 @@ class Scene:
             [replace(glyph, box=next(places)) for glyph in self.glyphs],
             [replace(shape, box=next(places)) for shape in self.shapes],
             [replace(region, box=next(places)) for region in self.regions],
+            self.is_listed,
         )
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Collection, Iterator, Sequence
 
 import torch
 from transformers import BatchFeature
@@ -12,12 +12,15 @@ from transformers import BatchFeature
 from vlmslice.connectors import query_grid
 from vlmslice.data.collator import IGNORED, VlmSliceCollator
 from vlmslice.data.dense import CELLS_PER_SIDE, HEADS, label_cells
-from vlmslice.data.samples import Place
-from vlmslice.data.sight import Cell, Sight, find_sight
+from vlmslice.data.samples import Place, Turn
+from vlmslice.data.sight import Cell, find_sight
 from vlmslice.data.tasks import TaskSample
 from vlmslice.processing import VlmSliceProcessor
 from vlmslice.slicing import SlicePlan, View
 from vlmslice.spatial_schema import IMAGE_TOKEN, LOCATION_TOKENS
+
+Point = tuple[Cell, int]
+"""Where an object that is counted is shown: patch of the canvas, and number of the visual token that sees it."""
 
 NOTHING = -1
 """Among the keys of cross-attention, the place where nothing is."""
@@ -26,8 +29,8 @@ NOTHING = -1
 class TaskCollator:
     """`VlmSliceCollator` for `TaskSample`s, with what the renderer knows besides.
 
-    - `label_NAME`: `int64[V, T, cells]` for every name in `HEADS`, following the very plan by which the image
-      processor cuts the picture; left out with `dense=False`
+    - `label_NAME`: `int64[V, T, cells]` for every name in `dense`, some of `HEADS`, following the very plan by which
+      the image processor cuts the picture
     - `guide_entries`, `guide_shares`: see `attention_guide.guide_loss`; left out with `guide=False`. The place of a
       character, or of an object that is counted, is the visual token that sees its centre (see `sight`). The second
       head is shown all objects that are counted and, at the words of the question, what they name. After the last
@@ -44,7 +47,7 @@ class TaskCollator:
     def __init__(
         self,
         processor: VlmSliceProcessor,
-        dense: bool = True,
+        dense: Collection[str] = tuple(HEADS),
         guide: bool = True,
         points: bool = True,
         canvas_side: int = 0,
@@ -63,13 +66,16 @@ class TaskCollator:
         ]
         shifts = [self._shift(sample, plan) for sample, plan in zip(samples, plans, strict=True)]
         points = [
-            self._sorted_points(sample, plan, shift) if self.points else []
+            [self._sorted_points(turn, plan, shift) if self.points else [] for turn in sample.turns]
             for sample, plan, shift in zip(samples, plans, shifts, strict=True)
         ]
         batch = self._conversations(
             [
-                {"messages": sample.messages([cell for cell, _ in shown]), "images": [sample.scene.image]}
-                for sample, shown in zip(samples, points, strict=True)
+                {
+                    "messages": sample.messages([[cell for cell, _ in shown] for shown in points_of_turns]),
+                    "images": [sample.scene.image],
+                }
+                for sample, points_of_turns in zip(samples, points, strict=True)
             ]
         )
         # Top and left, and again bottom and right, of every view of a picture.
@@ -91,16 +97,17 @@ class TaskCollator:
             0, max(0, self.canvas_side - cols)
         )
 
-    @staticmethod
     def _cell_labels(
-        samples: Sequence[TaskSample], plans: list[SlicePlan], shape: tuple[int, int]
+        self, samples: Sequence[TaskSample], plans: list[SlicePlan], shape: tuple[int, int]
     ) -> dict[str, torch.Tensor]:
-        labels = {name: torch.zeros(*shape, CELLS_PER_SIDE**2, dtype=torch.int64) for name in HEADS}
+        labels = {name: torch.zeros(*shape, CELLS_PER_SIDE**2, dtype=torch.int64) for name in self.dense}
         views = [
             (sample.scene, view) for sample, plan in zip(samples, plans, strict=True) for view in plan.views
         ]
         for row, (scene, view) in enumerate(views):
-            for name, cells in label_cells(scene, view.box, view.patch_grid).items():
+            cells_of_names = label_cells(scene, view.box, view.patch_grid)
+            for name in self.dense:
+                cells = cells_of_names[name]
                 labels[name][row, : len(cells)] = torch.from_numpy(cells)
         return {f"label_{name}": value for name, value in labels.items()}
 
@@ -108,58 +115,67 @@ class TaskCollator:
         self,
         samples: Sequence[TaskSample],
         plans: list[SlicePlan],
-        points: list[list[tuple[Cell, int]]],
+        points: list[list[list[Point]]],
         input_ids: torch.Tensor,
         labels: torch.Tensor,
     ) -> dict[str, torch.Tensor]:
         entries, shares = [], []
-        for row, (sample, plan, shown) in enumerate(zip(samples, plans, points, strict=True)):
-            if not shown and not any(sample.places):
-                continue
-            counted = [token for _, token in shown]
-            tokens_of_ids = [[token] for token in counted for _ in ("row", "column")]
-            places_of_characters = sample.places or [[] for _ in sample.answer]
-            for character, places in zip(sample.answer, places_of_characters, strict=True):
-                tokens = [find_sight(plan, place, self._token_grid).token for place in places]
-                tokens_of_ids += [tokens] * len(character.encode())
-            answer = _positions(labels[row] != IGNORED)
-            if len(answer) != len(tokens_of_ids) + 1:
-                raise ValueError(
-                    f"the answer {sample.answer!r} has {len(answer)} ids, expected two per point, one per byte and the "
-                    "end; leave `places` out of samples for this tokenizer, and pass points=False"
-                )
+        for row, (sample, plan, points_of_turns) in enumerate(zip(samples, plans, points, strict=True)):
             # With the connector `cross_attention` it is not a position but the number of a visual token.
             placeholders = (
                 range(plan.num_visual_tokens)
                 if self.processor.one_placeholder
                 else _positions(input_ids[row] == self._image_id)
             )
-            for position, tokens in zip(answer, tokens_of_ids, strict=False):
-                for head, guided in enumerate((tokens, counted)):
-                    for token, number in Counter(guided).items():
-                        entries.append([row, head, position - 1, placeholders[token]])
-                        shares.append(number / len(guided))
-            for positions, centers in _question_guide(sample, answer[0]):
-                seen = Counter(self._see(sample, plan, center).token for center in centers)
-                for position in positions:
-                    for token, number in seen.items():
-                        entries.append([row, 1, position, placeholders[token]])
-                        shares.append(number / len(centers))
-            if shown and self.processor.one_placeholder:
-                entries.append([row, 0, answer[2 * len(shown)] - 1, NOTHING])
-                shares.append(1.0)
+            answers = _runs(_positions(labels[row] != IGNORED))
+            for turn, shown, answer in zip(sample.turns, points_of_turns, answers, strict=True):
+                for head, position, token, share in self._guide_turn(turn, plan, shown, answer):
+                    key = NOTHING if token == NOTHING else placeholders[token]
+                    entries.append([row, head, position, key])
+                    shares.append(share)
         return {
             "guide_entries": torch.tensor(entries, dtype=torch.int64).reshape(-1, 4),
             "guide_shares": torch.tensor(shares, dtype=torch.float32),
         }
 
-    def _sorted_points(self, sample: TaskSample, plan: SlicePlan, shift: Cell) -> list[tuple[Cell, int]]:
+    def _guide_turn(
+        self, turn: Turn, plan: SlicePlan, shown: list[Point], answer: list[int]
+    ) -> Iterator[tuple[int, int, int, float]]:
+        """Head, position, number of a visual token or `NOTHING`, and its share, of a turn.
+
+        Raises:
+            ValueError: the answer has more or fewer ids than points and bytes.
+        """
+        if shown or any(turn.places):
+            counted = [token for _, token in shown]
+            tokens_of_ids = [[token] for token in counted for _ in ("row", "column")]
+            for character, places in zip(turn.answer, turn.places or [[] for _ in turn.answer], strict=True):
+                tokens = [find_sight(plan, place, self._token_grid).token for place in places]
+                tokens_of_ids += [tokens] * len(character.encode())
+            if len(answer) != len(tokens_of_ids) + 1:
+                raise ValueError(
+                    f"the answer {turn.answer!r} has {len(answer)} ids, expected two per point, one per byte and the "
+                    "end; leave `places` out of samples for this tokenizer, and pass points=False"
+                )
+            for position, tokens in zip(answer, tokens_of_ids, strict=False):
+                for head, guided in enumerate((tokens, counted)):
+                    for token, number in Counter(guided).items():
+                        yield head, position - 1, token, number / len(guided)
+        for positions, centers in _question_guide(turn, answer[0]):
+            seen = Counter(find_sight(plan, center, self._token_grid).token for center in centers)
+            for position in positions:
+                for token, number in seen.items():
+                    yield 1, position, token, number / len(centers)
+        if (shown or turn.mentions) and self.processor.one_placeholder:
+            yield 0, answer[2 * len(shown)] - 1, NOTHING, 1.0
+
+    def _sorted_points(self, turn: Turn, plan: SlicePlan, shift: Cell) -> list[Point]:
         """Patch of the canvas and visual token of each object that the answer points at, in the order of pointing.
 
         Raises:
             ValueError: a patch lies beyond the location tokens.
         """
-        sights = [self._see(sample, plan, center) for center in sample.points]
+        sights = [find_sight(plan, center, self._token_grid) for center in turn.points]
         points = [((cell[0] + shift[0], cell[1] + shift[1]), token) for token, cell in sights]
         furthest = max((part for cell, _ in points for part in cell), default=0)
         if furthest >= len(LOCATION_TOKENS):
@@ -169,11 +185,6 @@ class TaskCollator:
             )
         return sorted(points)
 
-    def _see(self, sample: TaskSample, plan: SlicePlan, center: Place) -> Sight:
-        """Where an object of the sample is seen; one that is no shape of the scene counts as small."""
-        heights = (shape.box[2] - shape.box[0] for shape in sample.scene.shapes if shape.center == center)
-        return find_sight(plan, center, self._token_grid, next(heights, 0.0))
-
     def _token_grid(self, view: View) -> tuple[int, int]:
         image_processor = self.processor.image_processor
         if image_processor.tokens_per_view is not None:
@@ -182,26 +193,36 @@ class TaskCollator:
         return rows // image_processor.merge_size, cols // image_processor.merge_size
 
 
-def _question_guide(sample: TaskSample, answer: int) -> list[tuple[list[int], list[Place]]]:
+def _question_guide(turn: Turn, answer: int) -> list[tuple[list[int], list[Place]]]:
     """Positions of the question's bytes, with the objects to be seen there.
 
     At the bytes of a mention it is what this mention names, after the last of them what is counted: of "Count the red
     rings." at `red` all that is red, at `rings` all rings, at the full stop the red rings.
 
     Args:
-        sample: with or without mentions.
+        turn: with or without mentions.
         answer: position of the answer's first id; `<|end|><|assistant|>` stand before it.
     """
-    if not sample.mentions:
+    if not turn.mentions:
         return []
-    first_byte = answer - 2 - len(sample.question.encode())
-    spans = [(mention.start, mention.end, mention.points) for mention in sample.mentions]
-    spans.append((spans[-1][1], len(sample.question), sample.points))
+    first_byte = answer - 2 - len(turn.question.encode())
+    spans = [(mention.start, mention.end, mention.points) for mention in turn.mentions]
+    spans.append((spans[-1][1], len(turn.question), turn.points))
     return [
-        ([first_byte + len(sample.question[:character].encode()) for character in range(start, end)], points)
+        ([first_byte + len(turn.question[:character].encode()) for character in range(start, end)], points)
         for start, end, points in spans
         if points
     ]
+
+
+def _runs(positions: list[int]) -> list[list[int]]:
+    """Positions split where they leave some out: 3 4 5 9 10 -> 3 4 5 and 9 10."""
+    runs: list[list[int]] = []
+    for position in positions:
+        if not runs or position != runs[-1][-1] + 1:
+            runs.append([])
+        runs[-1].append(position)
+    return runs
 
 
 def _positions(mask: torch.Tensor) -> list[int]:

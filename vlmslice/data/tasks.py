@@ -20,7 +20,7 @@ from vlmslice.data.fonts import FontLibrary, load_font
 from vlmslice.data.paragraphs import find_line, read_page, read_paragraph, read_place
 from vlmslice.data.plots import read_plot
 from vlmslice.data.receipts import read_receipt
-from vlmslice.data.samples import Mention, Task, TaskConfig, TaskSample, find_places, reshape
+from vlmslice.data.samples import Mention, Task, TaskConfig, TaskSample, Turn, find_places, reshape
 from vlmslice.data.scenes import (
     Scene,
     Shape,
@@ -144,8 +144,43 @@ def count_shapes(
     centers = [s.center for s in placed if _matches(s.kind, s.color, form, asked_kind, asked_color, things)]
     scene = Scene(add_camera_effects(rng, image), shapes=placed)
     question = rng.choice(COUNT_QUESTIONS).format(things=things)
-    mentions = _find_mentions(question, things, placed)
-    return TaskSample("count", scene, question, str(len(centers)), points=centers, mentions=mentions)
+    first = Turn(
+        question, str(len(centers)), points=centers, mentions=_find_mentions(question, things, placed)
+    )
+    turns = [first]
+    if config.max_questions > 1:
+        turns += [_ask_count(rng, placed, colors) for _ in range(rng.randrange(config.max_questions))]
+        rng.shuffle(turns)
+    first, *follow_ups = turns
+    return TaskSample(
+        "count",
+        scene,
+        first.question,
+        first.answer,
+        points=first.points,
+        mentions=first.mentions,
+        follow_ups=follow_ups,
+    )
+
+
+def _ask_count(rng: random.Random, shapes: Sequence[Shape], colors: Sequence[str]) -> Turn:
+    """A question about shapes as they lie; most often about some that are there."""
+    kind, color = rng.choice(KINDS), rng.choice(colors)
+    if shapes and rng.random() < 0.8:
+        kind = rng.choice(shapes).kind
+    if shapes and rng.random() < 0.8:
+        color = rng.choice(shapes).color
+    form = rng.choice(("all", "kind", "kind", "color", "color", "both", "both", "both"))
+    things = {
+        "all": "shapes",
+        "kind": plural(kind),
+        "color": f"{color} shapes",
+        "both": f"{color} {plural(kind)}",
+    }[form]
+    centers = [s.center for s in shapes if _matches(s.kind, s.color, form, kind, color, things)]
+    question = rng.choice(COUNT_QUESTIONS).format(things=things)
+    mentions = _find_mentions(question, things, shapes)
+    return Turn(question, str(len(centers)), points=centers, mentions=mentions)
 
 
 def _find_mentions(question: str, things: str, shapes: Sequence[Shape]) -> list[Mention]:
