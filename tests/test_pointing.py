@@ -1,5 +1,6 @@
 """Points in answers: which one was made last, and what the model sees after it."""
 
+import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
@@ -13,12 +14,13 @@ QUESTION = chat("How many?", noise_image(150, 170))
 POINTS = [FIRST + number for number in (1, 3, 2, 0, 4, 5)]
 
 
-def naive_last_points(ids: list[int]) -> list[tuple[int, int]]:
+def naive_last_points(ids: list[int]) -> list[tuple[int, int, int]]:
     found, run = [], []
     for number in ids:
         run = [*run, number - 100] if 100 <= number < 356 else []
         pairs = list(zip(run[::2], run[1::2], strict=False))
-        found.append(pairs[-1] if pairs else (NOWHERE, NOWHERE))
+        told = run[-1] if len(run) % 2 else NOWHERE
+        found.append((*(pairs[-1] if pairs else (NOWHERE, NOWHERE)), told))
     return found
 
 
@@ -27,7 +29,7 @@ def test_last_points_are_those_of_a_plain_loop(ids):
     got = last_points(torch.tensor(ids), 100)
     expected = [naive_last_points(row) for row in ids]
     if got is None:
-        assert {point for row in expected for point in row} == {(NOWHERE, NOWHERE)}
+        assert {point for row in expected for point in row} == {(NOWHERE, NOWHERE, NOWHERE)}
     else:
         assert [[tuple(point) for point in row] for row in got.tolist()] == expected
 
@@ -36,6 +38,7 @@ def test_example_of_the_docstring():
     points = last_points(torch.tensor([[7, 102, 105, 102, 109, 8]]), 100)
     assert points[0, :, 0].tolist() == [-1, -1, 2, 2, 2, -1]
     assert points[0, :, 1].tolist() == [-1, -1, 5, 5, 9, -1]
+    assert points[0, :, 2].tolist() == [-1, 2, -1, 2, -1, -1]
 
 
 class TestSight:
@@ -87,9 +90,13 @@ class TestSight:
         assert torch.equal(all_seen[:-5], some_seen[:-5])
         assert not torch.allclose(all_seen[-5:], some_seen[-5:], atol=1e-3)
 
-    def test_cached_steps_are_the_whole_sequence(self):
+    @pytest.mark.parametrize("first_fit_layers", [[], [0, 1]])
+    def test_cached_steps_are_the_whole_sequence(self, first_fit_layers):
         """Answers that are made to point, by beams too, get the scores of one run over all their ids."""
-        model = tiny_model("cross_attention", location_token_id=FIRST)
+        model = tiny_model("cross_attention", location_token_id=FIRST, first_fit_layers=first_fit_layers)
+        for head in model.cross_attention.first_fit.values():
+            torch.nn.init.normal_(head.output.weight)
+            torch.nn.init.zeros_(head.threshold)
         answer = [*POINTS, ord("3")]
         batch, length = self.inputs([]), self.inputs([])["input_ids"].shape[1]
 

@@ -17,6 +17,9 @@ import torch
 
 from vlmslice.process_group import average_over_processes
 
+NOTHING = -1
+"""Among the keys of cross-attention, the place where nothing is."""
+
 
 def guided_layers(num_layers: int) -> range:
     """From a third of the depth to the last layer but one: the question is read by then, and what was found is used.

@@ -30,6 +30,8 @@ class VlmSliceConfig(PreTrainedConfig):
             at the visual tokens.
         cross_attention_gate: where their gates start. From 0 the language model is at first exactly the one without
             images, as suits a trained one.
+        first_fit_layers: which of these, counted from 0, have a head that finds the next object to point at, too (see
+            `first_fit`).
         canvas_position: add to every visual token an embedding of its place on the whole image, so that a line of
             text which runs on in the next slice can be followed there.
         dense_loss_weight: weight of the dense (per-cell) loss beside the language loss in training; 0 builds no head.
@@ -53,6 +55,7 @@ class VlmSliceConfig(PreTrainedConfig):
     connector_scale: int | float = 0.2
     cross_attention_interval: int = 1
     cross_attention_gate: int | float = 0.0
+    first_fit_layers: list[int] = field(default_factory=list)
     canvas_position: bool = True
     dense_loss_weight: int | float = 0.0
     guide_loss_weight: int | float = 0.0

@@ -9,14 +9,16 @@ instead of the whole layer, and the prompt holds one placeholder for each image,
 
 Where an answer points at one object after the other, row by row (see `pointing`), every second head sees only what
 lies ahead of the last point. So for each point the same look-up will do, "the first that fits", and nothing is pointed
-at twice. (Inhibition of return; Itti and Koch, 2001, "Computational modelling of visual attention".)
+at twice. (Inhibition of return; Itti and Koch, 2001, "Computational modelling of visual attention".) Some layers have a
+head made for this look-up, see `first_fit`.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
+from types import MappingProxyType
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -25,6 +27,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from vlmslice.config import VlmSliceConfig
+from vlmslice.first_fit import FirstFit, PointingOrder, order_for_pointing
 from vlmslice.position_embedding import sincos_2d
 
 _BEYOND = 1 << 30
@@ -38,17 +41,21 @@ class VisualMemory(NamedTuple):
         mask: `bool[B, 1, 1, M + 1]`, False at padding; after `without_passed`, `bool[B, H, L, M + 1]`.
         places: `int64[B, M + 1, 2]` row and column on the canvas, in blocks of patches (one block is one token of a
             slice); beyond all places for padding and for the last.
+        order: in which the heads of first fit go through the tokens; None if there are none.
+        fitting: keys and values `[B, N, K]` of these heads, by the number of the looking layer.
     """
 
     keys: tuple[torch.Tensor, ...]
     values: tuple[torch.Tensor, ...]
     mask: torch.Tensor
     places: torch.Tensor
+    order: PointingOrder | None = None
+    fitting: Mapping[int, tuple[torch.Tensor, torch.Tensor]] = MappingProxyType({})
 
-    def without_passed(self, last_points_BL2: torch.Tensor) -> VisualMemory:
+    def without_passed(self, points_BL3: torch.Tensor) -> VisualMemory:
         """The same, masked in even heads for what does not lie ahead of the last point; rows and columns in blocks."""
         rows_B1M, cols_B1M = self.places[:, None].unbind(-1)
-        last_rows_BL1, last_cols_BL1 = last_points_BL2[:, :, None].unbind(-1)
+        last_rows_BL1, last_cols_BL1, _ = points_BL3[:, :, None].unbind(-1)
         ahead_BLM = (rows_B1M > last_rows_BL1) | ((rows_B1M == last_rows_BL1) & (cols_B1M > last_cols_BL1))
         sees_all_H = torch.arange(self.keys[0].shape[1], device=self.mask.device) % 2 == 1
         return self._replace(mask=self.mask & (ahead_BLM[:, None] | sees_all_H[None, :, None, None]))
@@ -140,11 +147,24 @@ class CrossAttentionLayers(nn.Module):
             )
             for _ in self.chosen
         )
+        for number in config.first_fit_layers:
+            if not 0 <= number < len(self.layers):
+                raise ValueError(
+                    f"first_fit_layers has {number}, expected numbers of the {len(self.layers)} looking layers, from 0"
+                )
+        self.first_fit = nn.ModuleDict(
+            {
+                str(number): FirstFit(text_dim, config.connector_head_dim, config.connector_scale)
+                for number in config.first_fit_layers
+            }
+        )
         self._scale = config.connector_scale
         self._merge_size = config.slicing["merge_size"]
         self._memory: VisualMemory | None = None
+        self._candidates: torch.Tensor | None = None
         self._with_weights = False
         self.weights: list[torch.Tensor] = []
+        self.found: list[torch.Tensor] = []
         for number, index in enumerate(self.chosen):
             decoder_layers[index].register_forward_pre_hook(partial(self._look, number), with_kwargs=True)
 
@@ -156,11 +176,17 @@ class CrossAttentionLayers(nn.Module):
         return F.pad(embedding, (0, like.shape[-1] - width)).to(like.dtype)
 
     def remember(
-        self, tokens_of_samples: Sequence[torch.Tensor], places_of_samples: Sequence[torch.Tensor]
+        self,
+        tokens_of_samples: Sequence[torch.Tensor],
+        places_of_samples: Sequence[torch.Tensor],
+        can_point_of_samples: Sequence[torch.Tensor],
     ) -> VisualMemory:
         """Keys and values of the visual tokens of each sample, `[tokens, E]`; a sample may have none.
 
-        `places_of_samples`: row and column of each token on the canvas, in patches, `[tokens, 2]`.
+        Args:
+            tokens_of_samples: the tokens.
+            places_of_samples: row and column of each token on the canvas, in patches, `[tokens, 2]`.
+            can_point_of_samples: `bool[tokens]`, False for those of an overview.
         """
         lengths = torch.tensor([len(tokens) for tokens in tokens_of_samples])
         tokens_BME = nn.utils.rnn.pad_sequence(list(tokens_of_samples), batch_first=True)
@@ -174,26 +200,42 @@ class CrossAttentionLayers(nn.Module):
             batch_first=True,
             padding_value=_BEYOND,
         )
-        return VisualMemory(keys, values, mask, F.pad(places, (0, 0, 0, 1), value=_BEYOND))
+        memory = VisualMemory(keys, values, mask, F.pad(places, (0, 0, 0, 1), value=_BEYOND))
+        if not self.first_fit:
+            return memory
+        can_point = nn.utils.rnn.pad_sequence(list(can_point_of_samples), batch_first=True)
+        order = order_for_pointing(places, can_point)
+        fitting = {
+            int(number): cast(FirstFit, head).project(tokens_BME, order.tokens)
+            for number, head in self.first_fit.items()
+        }
+        return memory._replace(order=order, fitting=fitting)
 
     def look_at(
         self,
         memory: VisualMemory | None,
-        last_points_BL2: torch.Tensor | None = None,
+        points_BL3: torch.Tensor | None = None,
         with_weights: bool = False,
     ) -> None:
-        """Sets what the layers look at from now on: nothing, with None. Afterwards `weights` holds those asked for.
+        """Sets what the layers look at from now on: nothing, with None.
+
+        Afterwards `weights` holds those asked for, and `found` the log-probabilities of `FirstFit`.
 
         It stays until the next call: gradient checkpointing runs the layers again in the backward pass.
 
         Args:
             memory: what `remember` gave.
-            last_points_BL2: see `pointing.last_points`; None where the ids to come have none.
+            points_BL3: see `pointing.last_points`; None where the ids to come have none.
             with_weights: keep the attention weights.
         """
-        if memory is not None and last_points_BL2 is not None:
-            memory = memory.without_passed(last_points_BL2.div(self._merge_size, rounding_mode="floor"))
-        self._memory, self._with_weights, self.weights = memory, with_weights, []
+        self._candidates = None
+        if points_BL3 is not None:
+            points_BL3 = points_BL3.div(self._merge_size, rounding_mode="floor")
+        if memory is not None and memory.order is not None:
+            self._candidates = memory.order.candidates(points_BL3)
+        if memory is not None and points_BL3 is not None:
+            memory = memory.without_passed(points_BL3)
+        self._memory, self._with_weights, self.weights, self.found = memory, with_weights, [], []
 
     def _look(
         self, number: int, module: nn.Module, args: tuple, kwargs: dict[str, Any]
@@ -206,6 +248,10 @@ class CrossAttentionLayers(nn.Module):
         )
         if weights is not None:
             self.weights.append(weights)
+        if number in memory.fitting:
+            hidden, found = self.first_fit[str(number)](hidden, *memory.fitting[number], self._candidates)
+            if self._with_weights:
+                self.found.append(found)
         return (hidden, *args[1:]), kwargs
 
 

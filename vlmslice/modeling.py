@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM, GenerationMixin, PreTrainedModel,
 from transformers import initialization as init
 from transformers.modeling_outputs import BaseModelOutputWithPooling, CausalLMOutputWithPast
 
-from vlmslice.attention_guide import guide_loss
+from vlmslice.attention_guide import NOTHING, guide_loss
 from vlmslice.canvas_mixer import CanvasMixer
 from vlmslice.config import VlmSliceConfig
 from vlmslice.connectors import (
@@ -26,8 +26,10 @@ from vlmslice.connectors import (
 )
 from vlmslice.cross_attention import CrossAttentionLayers, GatedCrossAttention, VisualMemory
 from vlmslice.dense_reader import DenseHead, dense_loss
+from vlmslice.first_fit import FirstFit, first_fit_loss
 from vlmslice.pointing import last_points
 from vlmslice.position_embedding import sincos_2d
+from vlmslice.spatial_schema import LOCATION_TOKENS
 from vlmslice.vision_encoder import VlmSliceVisionEncoder, patch_coordinates
 
 
@@ -49,9 +51,11 @@ class ImageFeatures(BaseModelOutputWithPooling):
     """Visual tokens `[tokens, E]` of each image in `pooler_output`, and where they lie.
 
     `places`: for each image `[tokens, 2]`, row and column of the middle of a token on the canvas, in patches.
+    `can_point`: for each image `bool[tokens]`, False for tokens of an overview, whose places are coarse.
     """
 
     places: Sequence[torch.Tensor] | None = None
+    can_point: Sequence[torch.Tensor] | None = None
 
 
 class CanvasPosition(nn.Module):
@@ -87,6 +91,7 @@ _OWN_MODULES = (
     CanvasPosition,
     CrossAttention,
     DenseHead,
+    FirstFit,
     GatedCrossAttention,
     PixelUnshuffle,
     Resampler,
@@ -182,7 +187,7 @@ class VlmSliceForConditionalGeneration(VlmSlicePreTrainedModel, GenerationMixin)
 
         Returns:
             `pooler_output`: one `[tokens, E]` tensor per image, in order. `last_hidden_state`: patch features
-            `[V, T, D]`. `places`: as `pooler_output`, of the tokens' places.
+            `[V, T, D]`. `places`, `can_point`: as `pooler_output`, see `ImageFeatures`.
 
         Raises:
             ValueError: the views do not add up to the images'.
@@ -195,13 +200,15 @@ class VlmSliceForConditionalGeneration(VlmSlicePreTrainedModel, GenerationMixin)
         features_VTD, valid_VT = self.vision_encoder(pixel_values, target_sizes, canvas_boxes, num_views)
         tokens_VQE, valid_VQ = self.connector(features_VTD, valid_VT, target_sizes)
         places_VQ2 = place_on_canvas(*self._token_cells(target_sizes), canvas_boxes)
+        is_overview_V = _is_overview(num_views)
         if self.canvas_position is not None:
-            tokens_VQE = tokens_VQE + self.canvas_position(places_VQ2, _is_overview(num_views))
+            tokens_VQE = tokens_VQE + self.canvas_position(places_VQ2, is_overview_V)
         tokens_per_image = [int(tokens.sum()) for tokens in valid_VQ.sum(dim=1).split(num_views.tolist())]
         return ImageFeatures(
             last_hidden_state=features_VTD,
             pooler_output=tokens_VQE[valid_VQ].split(tokens_per_image),
             places=places_VQ2[valid_VQ].split(tokens_per_image),
+            can_point=(~is_overview_V[:, None].expand_as(valid_VQ))[valid_VQ].split(tokens_per_image),
         )
 
     def _token_cells(self, target_sizes: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -312,6 +319,10 @@ class VlmSliceForConditionalGeneration(VlmSlicePreTrainedModel, GenerationMixin)
                 divergence, found = guide_loss(attentions, *guide)
                 auxiliary.append(self.config.guide_loss_weight * divergence)
                 metrics |= {"guide_loss": divergence.detach(), "place_found": found}
+                if self.cross_attention is not None and self.cross_attention.found:
+                    surprise, found = self._first_fit_loss(guide[0], input_ids, visual_memory)
+                    auxiliary.append(self.config.guide_loss_weight * surprise)
+                    metrics |= {"first_fit_loss": surprise.detach(), "next_found": found}
             if auxiliary:
                 auxiliary_loss = torch.stack(auxiliary).sum()
                 loss = loss + auxiliary_loss
@@ -326,6 +337,17 @@ class VlmSliceForConditionalGeneration(VlmSlicePreTrainedModel, GenerationMixin)
             visual_memory=visual_memory if labels is None else None,
         )
 
+    def _first_fit_loss(
+        self, entries: torch.Tensor, input_ids: torch.Tensor, memory: VisualMemory
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """See `first_fit.first_fit_loss`, of the entries of the guide that lead to a point or to none."""
+        assert self.cross_attention is not None and memory.order is not None
+        samples, heads, positions, keys = entries.unbind(1)
+        numbers = input_ids[samples, positions + 1] - (self.config.location_token_id or 0)
+        to_point = (numbers >= 0) & (numbers < len(LOCATION_TOKENS)) | (keys == NOTHING)
+        chosen = (heads == 0) & to_point
+        return first_fit_loss(self.cross_attention.found, memory.order, entries[chosen][:, [0, 2, 3]])
+
     def _last_points(self, input_ids: torch.Tensor) -> torch.Tensor | None:
         if self.cross_attention is None or self.config.location_token_id is None:
             return None
@@ -337,7 +359,9 @@ class VlmSliceForConditionalGeneration(VlmSlicePreTrainedModel, GenerationMixin)
         """What the samples' layers look at; images and their placeholders are numbered within each sample."""
         assert self.cross_attention is not None
         tokens_of_images, places_of_images = features.pooler_output, features.places
-        assert tokens_of_images is not None and places_of_images is not None
+        assert (
+            tokens_of_images is not None and places_of_images is not None and features.can_point is not None
+        )
         num_placeholders = int((input_ids == self.config.image_token_id).sum())
         if num_placeholders > len(tokens_of_images):
             raise ValueError(
@@ -353,14 +377,15 @@ class VlmSliceForConditionalGeneration(VlmSlicePreTrainedModel, GenerationMixin)
         numbered = iter(
             tokens + number for tokens, number in zip(tokens_of_images, numbers_of_images, strict=True)
         )
-        tokens, places = (
+        tokens, places, can_point = (
             [torch.cat([none, *(next(images) for _ in range(count))]) for count in counts]
             for images, none in (
                 (numbered, tokens_of_images[0][:0]),
                 (iter(places_of_images), places_of_images[0][:0]),
+                (iter(features.can_point), features.can_point[0][:0]),
             )
         )
-        return inputs_embeds, self.cross_attention.remember(tokens, places)
+        return inputs_embeds, self.cross_attention.remember(tokens, places, can_point)
 
     def _expand_inputs_for_generation(
         self,

@@ -21,9 +21,11 @@ def last_points(input_ids: torch.Tensor, first_location_id: int) -> torch.Tensor
         first_location_id: id of the first of `LOCATION_TOKENS`; the others follow it.
 
     Returns:
-        `int64[B, L, 2]` rows and columns, `NOWHERE` at ids without one; None if no id has one.
+        `int64[B, L, 3]`: its row and column, and the row of the next point if only that is told yet; `NOWHERE` at ids
+        without one. None if no id is a location token.
 
-    Example: of `a <|2|><|5|><|2|><|9|> 2` the rows are `-1, -1, 2, 2, 2, -1` and the columns `-1, -1, 5, 5, 9, -1`.
+    Example: of `a <|2|><|5|><|2|><|9|> 2` the rows are `-1, -1, 2, 2, 2, -1`, the columns `-1, -1, 5, 5, 9, -1`, and
+    the rows told `-1, 2, -1, 2, -1, -1`.
     """
     numbers_BL = input_ids - first_location_id
     is_location_BL = (numbers_BL >= 0) & (numbers_BL < len(LOCATION_TOKENS))
@@ -33,10 +35,9 @@ def last_points(input_ids: torch.Tensor, first_location_id: int) -> torch.Tensor
     before_run_BL = count_BL.masked_fill(is_location_BL, 0).cummax(dim=1).values
     length_BL = (count_BL - before_run_BL) * is_location_BL  # of the run so far
     has_point_BL = length_BL >= 2
-    if not has_point_BL.any():
-        return None
     column_BL = torch.arange(input_ids.shape[1], device=input_ids.device) - length_BL % 2
-    points_BL2 = numbers_BL.unsqueeze(-1).new_full((*numbers_BL.shape, 2), NOWHERE)
-    rows_BL, cols_BL = (numbers_BL.gather(1, (column_BL - back).clamp_min(0)) for back in (1, 0))
-    points_BL2[has_point_BL] = torch.stack([rows_BL, cols_BL], dim=-1)[has_point_BL]
-    return points_BL2
+    rows_BL, cols_BL = (
+        numbers_BL.gather(1, (column_BL - back).clamp_min(0)).where(has_point_BL, NOWHERE) for back in (1, 0)
+    )
+    told_BL = numbers_BL.where(length_BL % 2 == 1, NOWHERE)
+    return torch.stack([rows_BL, cols_BL, told_BL], dim=-1)

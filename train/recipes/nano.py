@@ -70,7 +70,12 @@ VISION = {
 # Options of the connectors by which the language model looks at visual tokens beside the prompt; trained from nothing,
 # it looks from the first step on.
 CONNECTOR_OPTIONS: dict[str, dict] = {
-    "cross_attention": {"connector_heads": 4, "connector_scale": 1.0, "cross_attention_gate": 1.0},
+    "cross_attention": {
+        "connector_heads": 4,
+        "connector_scale": 1.0,
+        "cross_attention_gate": 1.0,
+        "first_fit_layers": [3, 4],
+    },
 }
 
 

@@ -9,6 +9,7 @@ from collections.abc import Collection, Iterator, Sequence
 import torch
 from transformers import BatchFeature
 
+from vlmslice.attention_guide import NOTHING
 from vlmslice.connectors import query_grid
 from vlmslice.data.collator import IGNORED, VlmSliceCollator
 from vlmslice.data.dense import CELLS_PER_SIDE, HEADS, label_cells
@@ -21,9 +22,6 @@ from vlmslice.spatial_schema import IMAGE_TOKEN, LOCATION_TOKENS
 
 Point = tuple[Cell, int]
 """Where an object that is counted is shown: patch of the canvas, and number of the visual token that sees it."""
-
-NOTHING = -1
-"""Among the keys of cross-attention, the place where nothing is."""
 
 
 class TaskCollator:
