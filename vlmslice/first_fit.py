@@ -121,7 +121,7 @@ def first_fit_loss(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Surprise at what is to be found, in nats per entry, and the probability with which the last layer finds it.
 
-    Entries that are no candidates are left out: where two objects lie in one patch, the second is passed with the first.
+    Entries that are no candidates are left out: of two objects in one patch, the second is passed with the first.
 
     Args:
         log_probs: `[B, L, N + 1]` of each layer.
