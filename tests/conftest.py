@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
+import hypothesis
 import pytest
 import tiny_models
 from PIL import Image, ImageDraw
@@ -16,6 +17,10 @@ from vlmslice.image_processing import VlmSliceImageProcessor
 from vlmslice.processing import VlmSliceProcessor
 from vlmslice.slicing import SlicingConfig
 from vlmslice.tokenization import build_byte_tokenizer
+
+# How long an example takes says more about what else the machine does than about the code.
+hypothesis.settings.register_profile("any_machine", deadline=None)
+hypothesis.settings.load_profile("any_machine")
 
 DrawImage = Callable[..., Image.Image]
 

@@ -64,7 +64,7 @@ def attention_of(module: torch.nn.Module, grid: tuple[int, int], seed: int = 0) 
 
 class TestCounts:
     @all_connectors
-    @settings(max_examples=25, deadline=None)
+    @settings(max_examples=25)
     @given(images=st.lists(st.tuples(sizes, sizes), min_size=1, max_size=3))
     def test_tokens_made_are_tokens_planned(self, connector, images):
         plans = [plan_slices(height, width, tiny_slicing(connector)) for height, width in images]

@@ -5,7 +5,7 @@ from hypothesis import strategies as st
 from vlmslice.data.mixture import MixedDataset, ShuffledDataset
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(st.integers(1, 5), st.integers(1, 200), st.integers(0, 3), st.integers(1, 40))
 def test_every_source_in_its_order_in_whole_groups(group, num_samples, seed, length):
     """Of 1000 + i and i: groups are pure, and each source is gone through from its first sample on, round and round."""

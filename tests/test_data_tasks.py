@@ -82,7 +82,7 @@ class TestEveryTask:
         assert len(set(first)) == 4
 
     @pytest.mark.parametrize("task", NEW)
-    @settings(max_examples=25, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+    @settings(max_examples=25, derandomize=True, suppress_health_check=list(HealthCheck))
     @given(
         height=st.integers(32, 700),
         width=st.integers(32, 700),

@@ -153,7 +153,7 @@ class TestPixels:
 
 
 class TestPacking:
-    @settings(max_examples=25, deadline=None)
+    @settings(max_examples=25)
     @given(
         sizes=st.lists(st.tuples(st.integers(1, 400), st.integers(1, 400)), min_size=1, max_size=3),
         processor_class=st.sampled_from(PROCESSOR_CLASSES),

@@ -325,7 +325,7 @@ class TestMismatch:
             model(**self.inputs(0))
 
     @given(data=st.data())
-    @settings(max_examples=40, deadline=None)
+    @settings(max_examples=40)
     def test_every_wrong_split_is_refused(self, data):
         """Placeholders moved between samples are found, wherever an image boundary is not a sample boundary."""
         tokens = data.draw(st.lists(st.integers(1, 6), min_size=1, max_size=5))

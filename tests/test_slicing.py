@@ -212,7 +212,7 @@ random_configs = st.builds(
 
 @pytest.mark.parametrize("check", CHECKS, ids=lambda check: check.__name__.removeprefix("check_"))
 @given(height=sides, width=sides, config=configs | random_configs)
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @example(height=398_847, width=2, config=MINICPM_SHAPE)
 @example(height=13_000, width=13_000, config=ADAPTIVE_CONFIGS["8 slices"])
 @example(height=20, width=20_000, config=ADAPTIVE_CONFIGS["40 tokens"])

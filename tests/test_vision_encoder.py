@@ -107,7 +107,7 @@ class TestBatching:
     def test_padded_batch_is_each_view_alone_in_any_vit(self, architecture):
         assert largest_difference_alone(named_encoder(architecture), [(2, 4), (5, 3), (1, 6)]) < 1e-5
 
-    @settings(max_examples=15, deadline=None)
+    @settings(max_examples=15)
     @given(st.lists(st.tuples(st.integers(1, 8), st.integers(1, 8)), min_size=1, max_size=4))
     def test_padded_batch_of_any_grids(self, grids):
         assert largest_difference_alone(tiny_encoder(), grids) < 1e-5

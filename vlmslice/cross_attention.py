@@ -18,7 +18,6 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from functools import partial
-from types import MappingProxyType
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -50,7 +49,7 @@ class VisualMemory(NamedTuple):
     mask: torch.Tensor
     places: torch.Tensor
     order: PointingOrder | None = None
-    fitting: Mapping[int, tuple[torch.Tensor, torch.Tensor]] = MappingProxyType({})
+    fitting: Mapping[int, tuple[torch.Tensor, torch.Tensor]] | None = None
 
     def without_passed(self, points_BL3: torch.Tensor) -> VisualMemory:
         """The same, masked in even heads for what does not lie ahead of the last point; rows and columns in blocks."""
@@ -248,7 +247,7 @@ class CrossAttentionLayers(nn.Module):
         )
         if weights is not None:
             self.weights.append(weights)
-        if number in memory.fitting:
+        if memory.fitting is not None and number in memory.fitting:
             hidden, found = self.first_fit[str(number)](hidden, *memory.fitting[number], self._candidates)
             if self._with_weights:
                 self.found.append(found)

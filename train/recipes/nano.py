@@ -36,7 +36,6 @@ SLICING = SlicingConfig(overview_resolution=160, merge_size=1, max_visual_tokens
 GUIDE_LOSS_WEIGHT = 0.2
 # Which words of a question name which objects is learned by the guide loss before the language loss can tell.
 COUNT_GUIDE_LOSS_WEIGHT = 1.0
-WIDE_GUIDE_LOSS_WEIGHT = 0.5
 
 # Rows and columns of patches that 4,096 visual tokens may take: up to 1:4 in shape.
 CANVAS_SIDE = 128
@@ -135,10 +134,10 @@ def _build_reader(
     return model
 
 
-def _build_frozen(previous: Path | None, guide_loss_weight: float = WIDE_GUIDE_LOSS_WEIGHT) -> nn.Module:
+def _build_frozen(previous: Path | None) -> nn.Module:
     """The model of the stage before, its encoder frozen but for what it sees beyond a slice."""
     model = VlmSliceForConditionalGeneration.from_pretrained(previous, dtype=torch.float32)
-    model.config.guide_loss_weight = guide_loss_weight
+    model.config.guide_loss_weight = COUNT_GUIDE_LOSS_WEIGHT
     model.set_attn_implementation({"text_config": "eager"})
     model.vision_encoder.requires_grad_(False)
     model.vision_encoder.mixer.requires_grad_(True)
@@ -236,7 +235,14 @@ CURRICULUM = [
 COUNT = [
     Curriculum(
         80_000,
-        TaskConfig(megapixels=(0.008, 0.03), max_count=6, num_lines=(2, 4), max_answer=60, photo=0.1),
+        TaskConfig(
+            megapixels=(0.008, 0.03),
+            max_count=6,
+            num_lines=(2, 4),
+            max_answer=60,
+            photo=0.1,
+            max_questions=3,
+        ),
         {"read": 0.12, "paragraph": 0.03, "count": 0.85},
     ),
 ]
@@ -245,7 +251,7 @@ COUNT = [
 WIDE = [
     Curriculum(
         16_000,
-        TaskConfig(megapixels=(0.015, 0.4), num_lines=(2, 5), max_answer=120, photo=0.1, max_questions=4),
+        TaskConfig(megapixels=(0.015, 0.4), num_lines=(2, 5), max_answer=120, photo=0.1, max_questions=5),
         {"read": 0.3, "paragraph": 0.1, "count": 0.6},
     ),
 ]
@@ -253,9 +259,9 @@ WIDE = [
 # Pictures beyond a megapixel are shrunk to it, print included.
 LARGE = [
     Curriculum(
-        10_240,
-        TaskConfig(megapixels=(0.03, 1.5), font_px=(10, 90), max_questions=4),
-        {"read": 0.4, "count": 0.6},
+        13_600,
+        TaskConfig(megapixels=(0.03, 1.5), font_px=(10, 90), max_questions=5),
+        {"read": 0.35, "count": 0.65},
     ),
 ]
 
@@ -358,7 +364,6 @@ def nano(
         "count",
         COUNT,
         (16, 2),
-        model=partial(_build_frozen, guide_loss_weight=COUNT_GUIDE_LOSS_WEIGHT),
         warmup_steps=5,
         save_steps=50,
     )
