@@ -11,6 +11,7 @@ from tiny_models import noise_image
 import vlmslice
 from vlmslice import cli
 from vlmslice.slicing import SlicingConfig, plan_slices
+from vlmslice.slicing_policies import POLICIES
 
 ROOT = Path(__file__).parents[1]
 
@@ -46,6 +47,24 @@ class TestPlan:
         assert plan["policy"] == "uhd"
         plan = json.loads(vlmslice_command("plan", "640x480", "--max-visual-tokens", "50", "--json").out)
         assert plan["num_visual_tokens"] <= 50
+
+    def test_all_policies_side_by_side(self, vlmslice_command: Vlmslice) -> None:
+        """As each alone, and those over the bound say so."""
+        fields = json.loads(vlmslice_command("plan", "640x480", "--all", "--json").out)
+        assert {*fields["plans"], *fields["errors"]} == set(POLICIES) and "uniform" in fields["plans"]
+        for policy, plan in fields["plans"].items():
+            alone = vlmslice_command("plan", "640x480", "--policy", policy, "--json").out
+            assert plan == json.loads(alone)
+        options = ("plan", "640x480", "--all", "--max-visual-tokens", "200")
+        over = json.loads(vlmslice_command(*options, "--json").out)["errors"]
+        assert over and all("use policy 'adaptive'" in error for error in over.values())
+        lines = vlmslice_command(*options).out.splitlines()
+        assert [line.split()[0] for line in lines[2:]] == list(POLICIES)
+        assert {line.split()[0] for line in lines if line.endswith("over the bound of 200")} == set(over)
+
+    def test_all_policies_or_one(self, vlmslice_command: Vlmslice) -> None:
+        result = vlmslice_command("plan", "640x480", "--all", "--policy", "uhd")
+        assert_user_error(result, "got --policy uhd and --all; leave one of them out")
 
     def test_small_image(self, vlmslice_command: Vlmslice) -> None:
         assert "one view  64 x 32 px, 8 visual tokens" in vlmslice_command("plan", "60x30").out

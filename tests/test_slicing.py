@@ -17,6 +17,7 @@ import time
 from pathlib import Path
 
 import pytest
+import transformers
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from PIL import Image
@@ -24,6 +25,7 @@ from PIL import Image
 import vlmslice.slicing
 from vlmslice.errors import VlmSliceError
 from vlmslice.slicing import SlicePlan, SlicingConfig, SlicingError, plan_slices
+from vlmslice.slicing_policies import POLICIES
 
 GOLDEN = Path(__file__).parent / "golden"
 LONGEST_SIDE = 400_000
@@ -345,7 +347,7 @@ def test_squares_get_square_grids(max_slice_nums, side, uhd_grid, adaptive_grid)
 @pytest.mark.parametrize("config", [NANO, MINICPM_SHAPE, SlicingConfig(max_visual_tokens=64)])
 @pytest.mark.parametrize("size", [(398_847, 2), (20_000, 1), (1, 1), (2, 300_000)])
 def test_hostile_sizes_stay_in_budget(size, config):
-    for policy in ("uhd", "minicpm"):
+    for policy in sorted(set(POLICIES) - {"adaptive"}):
         published = dataclasses.replace(config, policy=policy)
         try:
             assert plan_slices(*size, published).num_visual_tokens <= config.max_visual_tokens
@@ -418,6 +420,84 @@ def test_minicpm_equals_transformers_on_pixels(minicpm_oracle, size):
     batch = minicpm_oracle(Image.new("RGB", size[::-1]))
     assert batch["target_sizes"].tolist() == [list(view.patch_grid) for view in plan.views]
     assert tuple(batch["grids"][0]) == (plan.grid if plan.overview else (0, 0))
+
+
+def tiles_of(policy: str, side: int, max_slice_nums: int) -> SlicingConfig:
+    return SlicingConfig(
+        policy,
+        side,
+        patch_size=14,
+        merge_size=2,
+        max_slice_nums=max_slice_nums,
+        max_visual_tokens=10**9,
+    )
+
+
+def drawn_sizes(num_sizes: int) -> list[tuple[int, int]]:
+    rng = random.Random(8)
+    drawn = [
+        tuple(round(math.exp(rng.uniform(0, math.log(9000)))) for _ in range(2)) for _ in range(num_sizes)
+    ]
+    return [*drawn, *((side, side) for side in range(1, 60)), *EDGE_SIZES]
+
+
+@pytest.mark.parametrize(("side", "max_slice_nums"), [(448, 12), (448, 1), (364, 36), (224, 9)])
+def test_internvl_equals_transformers(side, max_slice_nums):
+    oracle = pytest.importorskip("transformers.models.got_ocr2.image_processing_got_ocr2")
+    config = tiles_of("internvl", side, max_slice_nums)
+    for height, width in drawn_sizes(2500):
+        plan = plan_slices(height, width, config)
+        cols, rows = oracle.get_optimal_tiled_canvas((height, width), (side, side), 1, max_slice_nums)
+        assert plan.grid == (rows, cols), (height, width)
+
+
+@pytest.mark.parametrize(("side", "max_slice_nums"), [(364, 16), (364, 1), (512, 17), (512, 100)])
+def test_idefics3_equals_transformers(side, max_slice_nums):
+    module = pytest.importorskip("transformers.models.idefics3.image_processing_idefics3")
+    oracle = module.Idefics3ImageProcessor(
+        size={"longest_edge": math.isqrt(max_slice_nums) * side}, max_image_size={"longest_edge": side}
+    )
+    config = tiles_of("idefics3", side, max_slice_nums)
+    for height, width in drawn_sizes(2500):
+        plan = plan_slices(height, width, config)
+        num_views, rows, cols = oracle.get_number_of_image_patches(height, width)
+        expected = (num_views, (rows, cols)) if num_views else (1, (1, 1))
+        assert (len(plan.views), plan.grid) == expected, (height, width)
+
+
+@pytest.mark.parametrize("policy", ["internvl", "idefics3"])
+@pytest.mark.parametrize("size", [(448, 448), (449, 448), (37, 501), (700, 333), (480, 640), (1000, 1400)])
+def test_square_tiles_equal_transformers_on_pixels(policy, size):
+    """Their images go through the whole processor: as many views as slices and overview, of their sizes."""
+    if policy == "internvl":
+        oracle = transformers.GotOcr2ImageProcessor(
+            size={"height": 224, "width": 224}, crop_to_patches=True, max_patches=9
+        )
+    else:
+        oracle = transformers.Idefics3ImageProcessor(
+            size={"longest_edge": 3 * 224}, max_image_size={"longest_edge": 224}
+        )
+    pixels = oracle(Image.new("RGB", size[::-1]), return_tensors="np")["pixel_values"]
+    plan = plan_slices(*size, tiles_of(policy, 224, 9))
+    assert pixels.reshape(-1, *pixels.shape[-3:]).shape == (len(plan.views), 3, 224, 224)
+    assert {view.size for view in plan.views} == {(224, 224)}
+
+
+@pytest.mark.parametrize(
+    ("policy", "size", "grid", "detail", "distortion"),
+    [
+        # A picture of 0.3 megapixels becomes twelve tiles.
+        ("internvl", (480, 640), (3, 4), 12 * 448**2 / (480 * 640), 1.0),
+        ("internvl", (100, 4000), (1, 12), 12 * 448**2 / (100 * 4000), 40 / 12),
+        ("idefics3", (30, 40), (3, 3), 9 * 448**2 / (30 * 40), 4 / 3),
+        ("uniform", (200, 800), (1, 1), 448**2 / (200 * 800), 4.0),
+    ],
+)
+def test_square_tiles_known_plans(policy, size, grid, detail, distortion):
+    plan = plan_slices(*size, tiles_of(policy, 448, 12))
+    assert plan.grid == grid
+    assert plan.detail == pytest.approx(detail)
+    assert plan.distortion == pytest.approx(distortion)
 
 
 @pytest.mark.parametrize(

@@ -19,7 +19,8 @@ import typer
 
 from vlmslice import __version__
 from vlmslice.errors import VlmSliceError, suggestion
-from vlmslice.slicing import SlicePlan, SlicingConfig, plan_slices
+from vlmslice.slicing import SlicePlan, SlicingConfig, SlicingError, plan_slices
+from vlmslice.slicing_policies import POLICIES
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -45,7 +46,7 @@ data_app = typer.Typer(
 app.add_typer(data_app)
 
 _Policy = Annotated[
-    str | None, typer.Option(help="Slicing policy: adaptive, uhd or minicpm.  [default: the model's]")
+    str | None, typer.Option(help=f"Slicing policy: {', '.join(POLICIES)}.  [default: the model's]")
 ]
 _MaxVisualTokens = Annotated[
     int | None, typer.Option(help="Most visual tokens of an image.  [default: the model's]")
@@ -162,16 +163,19 @@ def plan(
     policy: _Policy = None,
     max_visual_tokens: _MaxVisualTokens = None,
     model: _Model = None,
+    all_policies: Annotated[bool, typer.Option("--all", help="Every policy, side by side.")] = False,
     as_json: _Json = False,
 ) -> None:
     """Tell how an image of some size will be cut, and what it will cost; of a file, only the header is read.
 
     - `vlmslice plan 4000x100`: 4000 px wide, 100 px high
     - `vlmslice plan 4000x100 --policy uhd`
+    - `vlmslice plan 4000x100 --all`: every policy, side by side
     - `vlmslice plan receipt.jpg --json`
 
     The JSON is height first throughout: `image_size` and `size` are `[height, width]`, `grid` is `[rows, columns]`,
-    and a `box` is `[top, left, bottom, right]` in pixels of the image.
+    and a `box` is `[top, left, bottom, right]` in pixels of the image. With `--all` it holds `plans` by policy, and
+    `errors` of those that cannot make one.
     """
     from vlmslice.model_files import read_slicing_config
 
@@ -182,6 +186,11 @@ def plan(
         for name, value in (("policy", policy), ("max_visual_tokens", max_visual_tokens))
         if value is not None
     }
+    if all_policies:
+        if policy is not None:
+            raise _UserError(f"got --policy {policy} and --all; leave one of them out")
+        _compare_policies(height, width, fields, as_json)
+        return
     result = plan_slices(height, width, SlicingConfig.from_dict(fields))
     if as_json:
         _print_json(result.to_dict())
@@ -451,6 +460,35 @@ def _describe_plan(plan: SlicePlan) -> str:
         ]
     lines += [f"total     {plan.num_visual_tokens} visual tokens", f"why       {plan.policy}: {plan.reason}"]
     return "\n".join(lines)
+
+
+def _compare_policies(height: int, width: int, fields: dict[str, Any], as_json: bool) -> None:
+    plans: dict[str, SlicePlan] = {}
+    errors: dict[str, str] = {}
+    for policy in POLICIES:
+        try:
+            plans[policy] = plan_slices(height, width, SlicingConfig.from_dict(fields | {"policy": policy}))
+        except SlicingError as error:
+            errors[policy] = str(error)
+    if as_json:
+        _print_json({"plans": {name: plan.to_dict() for name, plan in plans.items()}, "errors": errors})
+        return
+    print(f"{width} x {height} px (width x height)")
+    print(
+        f"{'policy':<10}{'grid':>8}{'slice, px':>12}{'overview':>12}{'tokens':>8}{'detail':>8}{'distortion':>12}"
+    )
+    for policy in POLICIES:
+        if policy in errors:
+            print(f"{policy:<10}{'over the bound of ' + str(fields['max_visual_tokens']):>40}")
+            continue
+        plan = plans[policy]
+        sizes = [
+            f"{view.size[1]}x{view.size[0]}" if view else "-" for view in (plan.slices[0], plan.overview)
+        ]
+        print(
+            f"{policy:<10}{'x'.join(map(str, plan.grid)):>8}{sizes[0]:>12}{sizes[1]:>12}"
+            f"{plan.num_visual_tokens:>8}{plan.detail:>8.2g}{plan.distortion:>12.2f}"
+        )
 
 
 def _summarize(answer: Answer, seconds: dict[str, float]) -> str:

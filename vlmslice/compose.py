@@ -32,6 +32,7 @@ from vlmslice.image_processing import VlmSliceImageProcessor
 from vlmslice.modeling import CanvasPosition, VlmSliceForConditionalGeneration
 from vlmslice.processing import VlmSliceProcessor
 from vlmslice.slicing import SlicingConfig
+from vlmslice.slicing_policies import POLICIES
 from vlmslice.spatial_schema import add_special_tokens
 from vlmslice.weight_import import ImportedLanguage, ImportedVision, import_language, import_vision
 
@@ -321,7 +322,7 @@ def compose_command(
     tokenizer: Annotated[
         str | None, typer.Option(help="Tokenizer folder, or 'bytes'; by default the language model's.")
     ] = None,
-    policy: Annotated[str, typer.Option(help="adaptive, uhd or minicpm.")] = "adaptive",
+    policy: Annotated[str, typer.Option(help=f"{', '.join(POLICIES)}.")] = "adaptive",
     scale_resolution: Annotated[
         int | None,
         typer.Option(help="Side in px of the square that bounds a slice; the encoder's by default."),

@@ -25,7 +25,7 @@ _ALWAYS_OFF = ("size", "do_center_crop", "crop_size", "do_pad", "pad_size")
 class VlmSliceImageProcessorKwargs(ImagesKwargs, total=False):
     r"""
     policy (`str`, *optional*, defaults to `"adaptive"`):
-        Name of the slicing policy: `"adaptive"`, `"uhd"` or `"minicpm"`.
+        Name of the slicing policy, one of `slicing_policies.POLICIES`.
     scale_resolution (`int`, *optional*, defaults to 224):
         Side in pixels of the square that the vision encoder was trained on.
     overview_resolution (`int`, *optional*):

@@ -29,7 +29,8 @@ server can price a request from the image header, and a port to another language
 
 The policies, named in `SlicingConfig.policy`, live in `vlmslice.slicing_policies`: `adaptive` is ours, a
 search over every grid; `uhd` is the rule of LLaVA-UHD (https://arxiv.org/abs/2403.11703) from which it
-descends; `minicpm` is that rule as MiniCPM-V 4.6 computes it.
+descends; `minicpm` is that rule as MiniCPM-V 4.6 computes it; `internvl` and `idefics3` cut square tiles as
+the models of these names do; `uniform` squashes the image into one square.
 """
 
 from __future__ import annotations
@@ -54,7 +55,7 @@ class SlicingConfig:
     """How images are cut.
 
     Attributes:
-        policy: `"adaptive"`, `"uhd"` or `"minicpm"`.
+        policy: One of `POLICIES`.
         scale_resolution: Side, in px, of the square that the vision encoder was trained on. Under `adaptive`,
             a slice has at most the patches of that square.
         overview_resolution: Side of the square whose area bounds the overview; `None` means
@@ -190,6 +191,20 @@ class SlicePlan:
     def views(self) -> tuple[View, ...]:
         """All views in the order of encoding: the overview, if any, then the slices."""
         return self.slices if self.overview is None else (self.overview, *self.slices)
+
+    @property
+    def detail(self) -> float:
+        """Pixels of the slices for each pixel of the image: below 1 what was lost, above 1 what was blown up."""
+        height, width = self.image_size
+        return sum(math.prod(view.size) for view in self.slices) / (height * width)
+
+    @property
+    def distortion(self) -> float:
+        """By how much the aspect ratio of the slices was changed: 1 for not at all, 2 for 1:1 to 1:2 or 2:1."""
+        (rows, cols), (height, width) = self.grid, self.image_size
+        view_height, view_width = self.slices[0].size
+        ratio = (width / cols * view_height) / (height / rows * view_width)
+        return max(ratio, 1 / ratio)
 
     @property
     def canvas_boxes(self) -> tuple[tuple[int, int, int, int], ...]:

@@ -1,8 +1,8 @@
 """The slicing policies: how the grid and the sizes of views follow from the size of an image.
 
-`adaptive` is ours; `uhd` and `minicpm` are the published rules, kept exact for comparison. A policy is a
-function of `(height, width, config)` that returns a `Layout`; `vlmslice.slicing` defines the words and turns
-a layout into a plan. Sides of views are counted in whole *blocks*, which are `merge_size` patches a side.
+`adaptive` is ours; the others are published rules, kept exact for comparison, and `uniform`, which does not cut. A
+policy is a function of `(height, width, config)` that returns a `Layout`; `vlmslice.slicing` defines the words and
+turns a layout into a plan. Sides of views are counted in whole *blocks*, which are `merge_size` patches a side.
 """
 
 from __future__ import annotations
@@ -275,6 +275,66 @@ def _plan_minicpm(height: int, width: int, config: SlicingConfig) -> Layout:
     return Layout((rows, cols), slices, overview, _window_reason(height, width, rows, cols, config))
 
 
+def _plan_internvl(height: int, width: int, config: SlicingConfig) -> Layout:
+    """InternVL (https://arxiv.org/abs/2404.16821).
+
+    Square tiles, all of S x S px, in the grid whose aspect ratio is nearest to the image's, by the plain difference; of
+    grids alike in that the largest that has less than twice the image's area. The image is squashed or enlarged to the
+    grid, and its overview to a square. The grid is what transformers' `got_ocr2`, which InternVL uses, computes for
+    `max_patches=max_slice_nums`. There the overview comes last; here it comes first, as everywhere.
+    """
+    side, pixels = config.scale_resolution, height * width
+    aspect = width / height
+    least, rows, cols = math.inf, 1, 1
+    for candidate_rows, candidate_cols in _grids_up_to(config.max_slice_nums):
+        difference = abs(aspect - candidate_cols / candidate_rows)
+        room = side * side * candidate_rows * candidate_cols
+        if difference < least or (difference == least and pixels > 0.5 * room):
+            least, rows, cols = difference, candidate_rows, candidate_cols
+    reason = f"nearest aspect ratio ({_ratio(cols / rows)} to {_ratio(aspect)}) of up to {config.max_slice_nums} tiles"
+    return _square_tiles(rows, cols, reason, config)
+
+
+@lru_cache(maxsize=64)
+def _grids_up_to(num_slices: int) -> tuple[tuple[int, int], ...]:
+    """`(rows, cols)` of every grid of so many slices at most: fewest first, of those alike the narrowest."""
+    grids = [(rows, cols) for cols in range(1, num_slices + 1) for rows in range(1, num_slices // cols + 1)]
+    return tuple(sorted(grids, key=lambda grid: grid[0] * grid[1]))
+
+
+def _plan_idefics3(height: int, width: int, config: SlicingConfig) -> Layout:
+    """Idefics3 and SmolVLM (https://arxiv.org/abs/2408.12637).
+
+    The long side, of small images too, is brought to as many tiles of S px as the root of `max_slice_nums` (but to
+    4,096 px at most), the short one to what then holds it. The image is squashed or enlarged to the grid, and its
+    overview to a square. The grid is what transformers' `idefics3` computes for a `max_image_size` of S. There the
+    overview comes last.
+    """
+    side = config.scale_resolution
+    aspect = width / height
+    longest = min(math.isqrt(config.max_slice_nums) * side, 4096)
+    shortest = max(int(longest / aspect if width >= height else longest * aspect), 1)
+    shortest += shortest % 2 if shortest > 1 else 0
+    across, along = math.ceil(shortest / side), math.ceil(longest / side)
+    rows, cols = (across, along) if width >= height else (along, across)
+    return _square_tiles(rows, cols, f"long side brought to {longest} px, tiles of {side} px", config)
+
+
+def _plan_uniform(height: int, width: int, config: SlicingConfig) -> Layout:
+    """One square view: the image is squashed or enlarged to S x S px."""
+    return _square_tiles(1, 1, f"squashed to one square, from {_ratio(width / height)}", config)
+
+
+def _square_tiles(rows: int, cols: int, reason: str, config: SlicingConfig) -> Layout:
+    """Slices and overview whose sides hold as many whole blocks as theirs in the config."""
+    high, overview_high = (
+        side // config.block_size * config.merge_size
+        for side in (config.scale_resolution, config.overview_side)
+    )
+    overview = (overview_high, overview_high) if rows * cols > 1 else None
+    return Layout((rows, cols), (high, high), overview, reason)
+
+
 class _WindowGrid(NamedTuple):
     rows: int
     cols: int
@@ -314,4 +374,7 @@ POLICIES: dict[str, Callable[[int, int, SlicingConfig], Layout]] = {
     "adaptive": _plan_adaptive,
     "uhd": _plan_uhd,
     "minicpm": _plan_minicpm,
+    "internvl": _plan_internvl,
+    "idefics3": _plan_idefics3,
+    "uniform": _plan_uniform,
 }
