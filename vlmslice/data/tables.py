@@ -79,14 +79,20 @@ def read_table(
 
 
 def _fit(font: Font, cells: Cells, pad: float, height: float, width: float) -> tuple[Font, Cells]:
-    """A size at which the table fits; rows, then columns, are dropped where it would be too small to read."""
+    """A size at which the table fits; rows, then columns, are dropped where it would be too small to read.
+
+    Hinted fonts do not shrink in proportion, so each size is measured.
+    """
     while True:
         natural_height = len(cells) * (line_height(font) + pad * font.size)
         natural_width = sum(_column_widths(font, cells, pad))
         scale = min(1.0, height / natural_height, width / natural_width)
-        if font.size * scale >= _SMALLEST or (len(cells) <= 2 and len(cells[0]) <= 2):
-            return load_font(str(font.path), max(6, int(font.size * scale))), cells
-        if len(cells) > 2 and (height / natural_height <= width / natural_width or len(cells[0]) <= 2):
+        can_be_less = len(cells) > 2 or len(cells[0]) > 2
+        if scale == 1.0 or (font.size <= 6 and not can_be_less):
+            return font, cells
+        if font.size * scale >= _SMALLEST or not can_be_less:
+            font = load_font(str(font.path), max(6, int(font.size * scale)))
+        elif len(cells) > 2 and (height / natural_height <= width / natural_width or len(cells[0]) <= 2):
             cells = cells[:-1]
         else:
             cells = [row[:-1] for row in cells]
