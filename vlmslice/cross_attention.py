@@ -26,10 +26,8 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from vlmslice.config import VlmSliceConfig
-from vlmslice.first_fit import FirstFit, PointingOrder, order_for_pointing
+from vlmslice.first_fit import BEYOND, FirstFit, PointingOrder, order_for_pointing
 from vlmslice.position_embedding import sincos_2d
-
-_BEYOND = 1 << 30
 
 
 class VisualMemory(NamedTuple):
@@ -197,9 +195,9 @@ class CrossAttentionLayers(nn.Module):
         places = nn.utils.rnn.pad_sequence(
             [(places / self._merge_size).floor().long() for places in places_of_samples],
             batch_first=True,
-            padding_value=_BEYOND,
+            padding_value=BEYOND,
         )
-        memory = VisualMemory(keys, values, mask, F.pad(places, (0, 0, 0, 1), value=_BEYOND))
+        memory = VisualMemory(keys, values, mask, F.pad(places, (0, 0, 0, 1), value=BEYOND))
         if not self.first_fit:
             return memory
         can_point = nn.utils.rnn.pad_sequence(list(can_point_of_samples), batch_first=True)

@@ -23,7 +23,8 @@ from torch import nn
 from vlmslice.pointing import NOWHERE
 from vlmslice.process_group import average_over_processes
 
-_BEYOND = 1 << 30
+BEYOND = 1 << 30
+"""Row and column of what lies nowhere on the canvas, after all that does."""
 _RARELY = -6.0
 """Logit with which tokens fit at first: of thousands, few."""
 _NEVER = -1e4
@@ -48,7 +49,7 @@ class PointingOrder(NamedTuple):
             points_BL3: see `pointing.last_points`, in blocks; None where there is none yet.
         """
         rows_B1N, cols_B1N = self.rows[:, None], self.cols[:, None]
-        exists_B1N = rows_B1N < _BEYOND
+        exists_B1N = rows_B1N < BEYOND
         if points_BL3 is None:
             return exists_B1N
         last_row, last_col, told_row = points_BL3.unsqueeze(-2).unbind(-1)
@@ -63,7 +64,7 @@ def order_for_pointing(places_BM2: torch.Tensor, can_point_BM: torch.Tensor) -> 
         places_BM2: `int64[B, M, 2]` rows and columns, in blocks.
         can_point_BM: `bool[B, M]`, False for padding and for tokens of an overview.
     """
-    rows, cols = (part.masked_fill(~can_point_BM, _BEYOND) for part in places_BM2.unbind(-1))
+    rows, cols = (part.masked_fill(~can_point_BM, BEYOND) for part in places_BM2.unbind(-1))
     tokens = (rows * (1 << 31) + cols).argsort(dim=1, stable=True)
     return PointingOrder(tokens, rows.gather(1, tokens), cols.gather(1, tokens))
 
