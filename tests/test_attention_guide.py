@@ -9,12 +9,13 @@ from tests.tiny_models import CONNECTORS, tiny_config, tiny_model, tiny_slicing
 from vlmslice import VlmSliceImageProcessorPil, VlmSliceProcessor
 from vlmslice.attention_guide import NOTHING, guide_loss, guided_layers
 from vlmslice.data.collator import IGNORED
+from vlmslice.data.counting import plural
 from vlmslice.data.fonts import FontLibrary, matplotlib_font_dir
 from vlmslice.data.samples import TaskSample
 from vlmslice.data.shapes import COLORS
 from vlmslice.data.sight import find_sight
 from vlmslice.data.task_collator import TaskCollator
-from vlmslice.data.tasks import Curriculum, TaskConfig, TaskDataset, plural
+from vlmslice.data.tasks import Curriculum, TaskConfig, TaskDataset
 from vlmslice.spatial_schema import LOCATION_TOKENS
 from vlmslice.tokenization import build_byte_tokenizer
 

@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from vlmslice.data import crowds, flowcharts, paragraphs, plots, receipts, screens, tables
+from vlmslice.data.counting import plural
 from vlmslice.data.dense import HEADS, UNKNOWN, label_cells
 from vlmslice.data.fonts import (
     CHARACTERS,
@@ -33,7 +34,7 @@ from vlmslice.data.plot_types import nice_ticks
 from vlmslice.data.samples import TaskConfig, TaskSample, reshape
 from vlmslice.data.scenes import Glyph, Region, Scene, luminance, sample_rng
 from vlmslice.data.shapes import COLORS
-from vlmslice.data.tasks import TASKS, Curriculum, TaskDataset, plural
+from vlmslice.data.tasks import TASKS, Curriculum, TaskDataset
 from vlmslice.data.text import words
 
 NEW = [name for name in TASKS if name not in ("read", "count", "chart")]

@@ -17,7 +17,7 @@ from vlmslice import (
     VlmSliceImageProcessorPil,
     VlmSliceProcessor,
 )
-from vlmslice.data.dense import DenseCropConfig, DenseCropDataset, collate_crops
+from vlmslice.data.dense import HEADS, DenseCropConfig, DenseCropDataset, collate_crops
 from vlmslice.data.fonts import FontLibrary
 from vlmslice.data.mixture import MixedDataset, ShuffledDataset
 from vlmslice.data.real_data import RealDataset
@@ -144,6 +144,12 @@ def _build_frozen(previous: Path | None) -> nn.Module:
     return model
 
 
+def _build_whole(previous: Path | None) -> nn.Module:
+    """As `_build_frozen`, with everything to be trained."""
+    model = _build_frozen(previous)
+    return model.requires_grad_(True)
+
+
 def _build_large(previous: Path | None) -> nn.Module:
     """As `_build_frozen`; without the guide loss where thousands of visual tokens stand in the prompt.
 
@@ -256,6 +262,38 @@ WIDE = [
     ),
 ]
 
+# All that is asked of it; the eye learns on. Documents have a hundred ids to learn from, counts and charts a dozen.
+BROAD_TASKS = {
+    "read": 0.08,
+    "paragraph": 0.12,
+    "line": 0.05,
+    "place": 0.06,
+    "page": 0.06,
+    "receipt": 0.1,
+    "table": 0.06,
+    "screenshot": 0.04,
+    "plot": 0.18,
+    "flowchart": 0.02,
+    "count": 0.11,
+    "crowd": 0.12,
+}
+BROAD = [
+    Curriculum(
+        160_000,
+        TaskConfig(
+            megapixels=(0.02, 0.3),
+            num_lines=(2, 7),
+            max_answer=160,
+            max_count=20,
+            max_questions=4,
+            font_px=(10, 60),
+            photo=0.25,
+            matplotlib=0.07,
+        ),
+        BROAD_TASKS,
+    ),
+]
+
 # Pictures beyond a megapixel are shrunk to it, print included.
 LARGE = [
     Curriculum(
@@ -265,20 +303,25 @@ LARGE = [
     ),
 ]
 
-# Of real lines among the pictures of each stage.
-REAL_SHARES = {"count": 0.1, "wide": 0.2, "large": 0.2}
+# Of real sets among the pictures of each stage.
+REAL_SHARES = {
+    "count": {"receipt-line": 0.1},
+    "wide": {"receipt-line": 0.2},
+    "broad": {"receipt-line": 0.08, "receipt-part": 0.08, "receipt": 0.02},
+    "large": {"receipt-line": 0.2},
+}
 
 
 def _mix(
     steps: list[Curriculum], fonts: FontLibrary, group: int, name: str, data_root: Path | None
 ) -> Dataset:
-    """Rendered pictures; with `data_root`, lines of real receipts among them."""
+    """Rendered pictures; with `data_root`, real receipts among them."""
     rendered = TaskDataset(steps, fonts, group=group, name=name)
     if data_root is None:
         return rendered
-    lines = ShuffledDataset(RealDataset(data_root, ["receipt-line"]))
-    real_share = REAL_SHARES[name]
-    return MixedDataset([(rendered, 1 - real_share), (lines, real_share)], len(rendered), group)
+    shares = REAL_SHARES[name]
+    real = [(ShuffledDataset(RealDataset(data_root, [part])), share) for part, share in shares.items()]
+    return MixedDataset([(rendered, 1 - sum(shares.values())), *real], len(rendered), group)
 
 
 def nano(
@@ -337,17 +380,15 @@ def nano(
     )
 
     def go_on(name: str, steps: list[Curriculum], batch: tuple[int, int], **options) -> Stage:
-        """A stage of `batch` (pictures at once, accumulations).
-
-        The eye has learned by now: its backward pass is saved.
-        """
+        """A stage of `batch` (pictures at once, accumulations), by default without the eye's backward pass."""
         collator = TaskCollator(
             build_processor(slicing, connector),
-            dense=("kind", "color", "center"),
+            dense=options.pop("dense", ("kind", "color", "center")),
             guide=options.pop("guide", True),
             canvas_side=CANVAS_SIDE,
         )
         model, save = options.pop("model", _build_frozen), options.pop("save", _save_reader)
+        learning_rates = options.pop("learning_rates", {})
         arguments = {
             "per_device_train_batch_size": batch[0],
             "gradient_accumulation_steps": batch[1],
@@ -358,7 +399,9 @@ def nano(
         }
         # Two processes then have pictures of one size at a time, and neither waits for the other.
         dataset = _mix(steps, fonts, 2 * batch[0], name, data_root)
-        return Stage(name, model, dataset, collator, _COMMON | arguments | options, save, muon=MATRICES)
+        return Stage(
+            name, model, dataset, collator, _COMMON | arguments | options, save, learning_rates, MATRICES
+        )
 
     count = go_on(
         "count",
@@ -369,6 +412,16 @@ def nano(
     )
     # Larger pictures cost ten and a hundred times what small ones do.
     wide = go_on("wide", WIDE, (8, 4), warmup_steps=5, save_steps=20)
+    broad = go_on(
+        "broad",
+        BROAD,
+        (8, 4),
+        model=_build_whole,
+        dense=tuple(HEADS),
+        learning_rates={"vision_encoder.": 0.5},
+        warmup_steps=20,
+        save_steps=20,
+    )
     large = go_on(
         "large",
         LARGE,
@@ -379,4 +432,4 @@ def nano(
         save_steps=10,
         save=_save_for_use,
     )
-    return [eye, read, count, wide, large]
+    return [eye, read, count, wide, broad, large]

@@ -9,9 +9,10 @@ import string
 import numpy as np
 from PIL import Image, ImageDraw
 
+from vlmslice.data.counting import find_mentions, plural, with_follow_ups
 from vlmslice.data.fonts import FontLibrary
 from vlmslice.data.photo_effects import shade
-from vlmslice.data.samples import TaskConfig, TaskSample
+from vlmslice.data.samples import Mention, Place, TaskConfig, TaskSample, Turn
 from vlmslice.data.scenes import Color, Glyph, Scene, Shape, add_camera_effects, ink_and_paper, paper_image
 from vlmslice.data.shapes import COLORS, KINDS, draw_shape, vary, visible_colors
 
@@ -25,7 +26,7 @@ QUESTIONS = (
 
 _LETTERS = string.ascii_uppercase + string.digits + "&@#%$"
 
-Place = tuple[float, float, float]
+Disc = tuple[float, float, float]
 """Centre (y, x) and radius, px."""
 
 
@@ -62,7 +63,7 @@ def place_discs(
     radii: tuple[float, float],
     overlap: float,
     clustered: bool,
-) -> list[Place]:
+) -> list[Disc]:
     """Places for discs that stay inside the picture; those that find no room in 60 tries are left out.
 
     Args:
@@ -78,7 +79,7 @@ def place_discs(
         (rng.uniform(0.2, 0.8) * height, rng.uniform(0.2, 0.8) * width) for _ in range(rng.randint(1, 4))
     ]
     spread = 1.5 * math.sqrt(number) * radii[1] / math.sqrt(len(centres))
-    placed: list[Place] = []
+    placed: list[Disc] = []
     for _ in range(number):
         radius = rng.uniform(*radii)
         for attempt in range(60):
@@ -111,7 +112,8 @@ def count_crowd(
     # All of them cover a fifth of the picture at most, so that nearly all find room.
     fitting = math.sqrt(height * width / (5 * math.pi * (count + others)))
     largest = min(fitting, min(height, width) / 4, 200.0)
-    smallest = min(max(6.0, 0.008 * min(height, width)), largest)
+    # Two middles in one patch of 16 px could not be pointed at one after the other.
+    smallest = min(max(9.0, 0.012 * min(height, width)), largest)
     base = math.exp(rng.uniform(math.log(smallest), math.log(largest)))
     places = place_discs(
         rng,
@@ -123,18 +125,25 @@ def count_crowd(
         rng.random() < 0.4,
     )
     rng.shuffle(places)
-    draw_things = _draw_characters if rng.random() < 0.2 and base >= 8 else _draw_shapes
-    things, answer = draw_things(rng, fonts, scene, places, count, ground)
+    draw_things = _draw_characters if rng.random() < 0.2 else _draw_shapes
+    things, centers = draw_things(rng, fonts, scene, places, count, ground)
     if rng.random() < 0.5 * config.photo:
         scene.image = shade(rng, scene.image)
     scene.image = add_camera_effects(rng, scene.image)
-    return TaskSample("crowd", scene, rng.choice(QUESTIONS).format(things), str(answer))
+    question = rng.choice(QUESTIONS).format(things)
+    if scene.shapes:
+        mentions = find_mentions(question, things, scene.shapes)
+        turn = Turn(question, str(len(centers)), points=centers, mentions=mentions)
+        return with_follow_ups(rng, config, "crowd", scene, turn, visible_colors(ground, 60.0))
+    start = question.index(things)
+    mention = Mention(start, start + len(things), centers)
+    return TaskSample("crowd", scene, question, str(len(centers)), points=centers, mentions=[mention])
 
 
 def _draw_shapes(
-    rng: random.Random, fonts: FontLibrary, scene: Scene, places: list[Place], count: int, ground: Color
-) -> tuple[str, int]:
-    """Draws shapes, the first `count` of the asked sort; returns what is asked for and how many there are."""
+    rng: random.Random, fonts: FontLibrary, scene: Scene, places: list[Disc], count: int, ground: Color
+) -> tuple[str, list[Place]]:
+    """Draws shapes, the first `count` of the asked sort; returns what is asked for and the centre of each."""
     colors = visible_colors(ground, 60.0)
     kind, color = rng.choice(KINDS), rng.choice(colors)
     form = (
@@ -154,9 +163,13 @@ def _draw_shapes(
             shape_kind = kind
         shade = vary(rng, COLORS[shape_color])
         scene.shapes.append(draw_shape(scene.image, shape_kind, shape_color, (y, x), radius, shade))
-    plural = kind + ("es" if kind.endswith("s") else "s")
-    things = {"all": "shapes", "kind": plural, "color": f"{color} shapes", "both": f"{color} {plural}"}[form]
-    return things, sum(_is_asked(shape, form, kind, color) for shape in scene.shapes)
+    things = {
+        "all": "shapes",
+        "kind": plural(kind),
+        "color": f"{color} shapes",
+        "both": f"{color} {plural(kind)}",
+    }[form]
+    return things, [shape.center for shape in scene.shapes if _is_asked(shape, form, kind, color)]
 
 
 def _is_asked(shape: Shape, form: str, kind: str, color: str) -> bool:
@@ -166,8 +179,8 @@ def _is_asked(shape: Shape, form: str, kind: str, color: str) -> bool:
 
 
 def _draw_characters(
-    rng: random.Random, fonts: FontLibrary, scene: Scene, places: list[Place], count: int, ground: Color
-) -> tuple[str, int]:
+    rng: random.Random, fonts: FontLibrary, scene: Scene, places: list[Disc], count: int, ground: Color
+) -> tuple[str, list[Place]]:
     """As `_draw_shapes`, with characters of one font in one or several colours."""
     font = fonts.draw(rng, 16)
     asked = rng.choice(_LETTERS)
@@ -184,7 +197,7 @@ def _draw_characters(
         draw.text(start, character, font=sized, fill=fill)
         box = (start[1] + top, start[0] + left, start[1] + bottom, start[0] + right)
         scene.glyphs.append(Glyph(character, box))
-    found = sum(glyph.character == asked for glyph in scene.glyphs)
+    found = [glyph.center for glyph in scene.glyphs if glyph.character == asked]
     named = (
         f"digits {asked}" if asked.isdigit() else f"letters {asked}" if asked.isalpha() else f"{asked} signs"
     )

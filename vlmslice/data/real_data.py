@@ -33,20 +33,23 @@ from vlmslice.image_loading import load_image
 
 LINE_QUESTIONS = ("Read the text in capital letters.", "What is written here, in capital letters?")
 """Lines of receipts are transcribed in upper case, whatever the case in print."""
+PART_QUESTIONS = ("Read all the text in capital letters.", "Transcribe the receipt in capital letters.")
 
 FILES = {
     "receipt": "receipts.jsonl",
     "receipt-line": "receipt_lines.jsonl",
+    "receipt-part": "receipt_lines.jsonl",
     "cells": "counting.jsonl",
     "table": "tables.jsonl",
     "flowchart": "flowcharts.jsonl",
 }
-"""Sets that may train weights, and their files."""
+"""Sets that may train weights, and their files; `receipt-part` shows a few printed rows of a receipt at once."""
 
 EVALUATION_ONLY = ("chartqa", "forms", "pages")
 """Sets whose licence, or the lack of one, forbids training."""
 
 _EVAL_ONE_IN = 3
+_MOST_ROWS = 8
 
 Row = dict[str, Any]
 
@@ -72,7 +75,7 @@ def image_splits(data_root: str | Path) -> dict[str, str]:
         for row in _rows(root, name):
             if name == "receipt":
                 splits[row["image"]] = split_of(row["answer"].get("company", row["image"]))
-            elif name != "receipt-line":
+            elif not name.startswith("receipt-"):
                 file_name = Path(row["image"]).name
                 splits[row["image"]] = split_of(file_name if name == "cells" else file_name.split("_")[0])
     return splits
@@ -87,7 +90,25 @@ def _rows(root: Path, name: str) -> Iterable[Row]:
         )
     with path.open() as lines:
         rows = [json.loads(line) for line in lines if line.strip()]
+    if name == "receipt-part":
+        return _following_lines(rows)
     return [row for row in rows if name != "cells" or row["source"] == "bccd"]
+
+
+def _following_lines(lines: list[Row]) -> list[Row]:
+    """For each line of a receipt, `lines`: this one and all that are printed below it or beside it."""
+    of_image: dict[str, list[Row]] = {}
+    for line in lines:
+        of_image.setdefault(line["image"], []).append(line)
+    return [
+        {"image": image, "lines": [other for other in of_one if _middle(other) >= line["bbox"][1]]}
+        for image, of_one in of_image.items()
+        for line in of_one
+    ]
+
+
+def _middle(line: Row) -> float:
+    return (line["bbox"][1] + line["bbox"][3]) / 2
 
 
 class RealDataset(Sequence[TaskSample]):
@@ -162,6 +183,33 @@ def _read_receipt_line(rng: random.Random, row: Row, scene: Scene) -> TaskSample
     )
 
 
+def _read_receipt_part(rng: random.Random, row: Row, scene: Scene) -> TaskSample:
+    """The first few of the printed rows of `row`, as wide as the print; lines side by side are joined by a space."""
+    printed: list[list[Row]] = []
+    for line in sorted(row["lines"], key=_middle):
+        if printed and _middle(line) < printed[-1][0]["bbox"][3]:
+            printed[-1].append(line)
+        else:
+            printed.append([line])
+    printed = printed[: rng.randint(2, _MOST_ROWS)]
+    boxes = [line["bbox"] for lines in printed for line in lines]
+    margin = round((boxes[0][3] - boxes[0][1]) * rng.uniform(0.1, 0.4))
+    left, right = min(box[0] for box in boxes), max(box[2] for box in boxes)
+    top, bottom = min(box[1] for box in boxes), max(box[3] for box in boxes)
+    crop = scene.image.crop(
+        (
+            max(0, left - margin),
+            max(0, top - margin),
+            min(scene.image.width, right + margin),
+            min(scene.image.height, bottom + margin),
+        )
+    )
+    rows = (
+        " ".join(line["answer"] for line in sorted(lines, key=lambda x: x["bbox"][0])) for lines in printed
+    )
+    return TaskSample("read", Scene(crop, is_listed=False), rng.choice(PART_QUESTIONS), "\n".join(rows))
+
+
 def _count_cells(rng: random.Random, row: Row, scene: Scene) -> TaskSample:
     return TaskSample("count", scene, row["question"], str(row["answer"]))
 
@@ -181,6 +229,7 @@ def _read_flowchart(rng: random.Random, row: Row, scene: Scene) -> TaskSample:
 _READERS: dict[str, Callable[[random.Random, Row, Scene], TaskSample]] = {
     "receipt": _read_receipt,
     "receipt-line": _read_receipt_line,
+    "receipt-part": _read_receipt_part,
     "cells": _count_cells,
     "table": _read_table,
     "flowchart": _read_flowchart,
