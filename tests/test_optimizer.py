@@ -8,8 +8,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from vlmslice.optimizer import MuonAdamW, find_matrices
 from vlmslice.training import Stage, TrainingError, run_stage
+from vlmslice.training.optimizer import MuonAdamW, find_matrices
 
 RATES = {"lr": 0.02, "weight_decay": 0.1}
 

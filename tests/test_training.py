@@ -24,15 +24,14 @@ from transformers import TrainingArguments
 from typer.testing import CliRunner
 
 from vlmslice.data.collator import IGNORED
-from vlmslice.training import (
+from vlmslice.training import TrainingError, share_batch
+from vlmslice.training.checkpoints import (
     MANIFEST,
-    StageTrainer,
-    TrainingError,
     complete_checkpoints,
     last_complete_checkpoint,
     seal_checkpoint,
-    share_batch,
 )
+from vlmslice.training.trainer import StageTrainer
 
 ROOT = Path(__file__).parent.parent
 SCRIPT = ROOT / "train" / "train.py"
@@ -109,14 +108,14 @@ def after_eye(reference: Path, tmp_path: Path) -> Path:
 
 KILL_IN_SAVE = """
 import os, runpy, signal, sys
-from vlmslice import training
+from vlmslice.training import trainer
 
-def die(folder, layout, seal=training.seal_checkpoint):
+def die(folder, layout, seal=trainer.seal_checkpoint):
     if folder.name == "checkpoint-32":
         os.kill(os.getpid(), signal.SIGKILL)
     seal(folder, layout)
 
-training.seal_checkpoint = die
+trainer.seal_checkpoint = die
 sys.argv = sys.argv[1:]
 runpy.run_path(sys.argv[0], run_name="__main__")
 """

@@ -307,7 +307,7 @@ LARGE = [
 REAL_SHARES = {
     "count": {"receipt-line": 0.1},
     "wide": {"receipt-line": 0.2},
-    "broad": {"receipt-line": 0.08, "receipt-part": 0.08, "receipt": 0.02},
+    "broad": {"receipt-line": 0.08, "receipt-part": 0.1},
     "large": {"receipt-line": 0.2},
 }
 

@@ -1,0 +1,21 @@
+"""Training stages on transformers' Trainer: the same step on any number of processes, resumable at any second.
+
+- `stage`: what a stage is, and how processes share its batch
+- `run`: runs one, from its last checkpoint to its saved model
+- `trainer`: the Trainer's step, log and optimizer as a stage wants them
+- `checkpoints`: folders that are whole or not there
+- `optimizer`: Muon and AdamW as one
+- `progress`: what is seen meanwhile
+"""
+
+import os
+
+import torch
+
+if not torch.accelerator.is_available():
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")
+
+from vlmslice.training.run import run_stage  # DeepSpeed reads the environment when it is imported
+from vlmslice.training.stage import Stage, TrainingError, share_batch
+
+__all__ = ["Stage", "TrainingError", "run_stage", "share_batch"]

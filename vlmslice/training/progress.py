@@ -1,0 +1,39 @@
+"""What is seen of a run while it goes on."""
+
+from __future__ import annotations
+
+from tqdm.auto import tqdm
+from transformers import TrainerCallback
+
+
+class SampleProgress(TrainerCallback):
+    """A progress bar that counts samples, so that its rate is samples/s; logged figures go above it."""
+
+    def __init__(self, name: str, step_batch_size: int):
+        self._name, self._step_batch_size = name, step_batch_size
+        self._bar: tqdm | None = None
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        if state.is_world_process_zero:
+            self._bar = tqdm(
+                desc=self._name,
+                initial=state.global_step * self._step_batch_size,
+                total=state.max_steps * self._step_batch_size,
+                unit=" samples",
+                dynamic_ncols=True,
+            )
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if self._bar is not None:
+            self._bar.update(self._step_batch_size)
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        if self._bar is not None:
+            figures = "  ".join(
+                f"{k} {v:.4g}" for k, v in logs.items() if isinstance(v, float) and k != "total_flos"
+            )
+            self._bar.write(f"step {state.global_step}  {figures}")
+
+    def on_train_end(self, args, state, control, **kwargs):
+        if self._bar is not None:
+            self._bar.close()

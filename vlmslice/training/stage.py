@@ -1,0 +1,73 @@
+"""What a stage of training is, and how several processes share its batch."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+from torch.utils.data import Dataset
+
+from vlmslice.errors import VlmSliceError
+
+
+class TrainingError(VlmSliceError, ValueError):
+    """A stage cannot be run as asked."""
+
+
+@dataclass
+class Stage:
+    """One run of the Trainer.
+
+    Attributes:
+        name: of the folder under the run's folder.
+        model: builds the model; gets the folder of the stage before, or None.
+        dataset: map-style; sample i must be the same at every call.
+        collator: list of samples -> batch.
+        arguments: of `TrainingArguments`. `per_device_train_batch_size` times `gradient_accumulation_steps` is the
+            batch of one optimizer step in all: several processes share it; see `share_batch`.
+        learning_rates: parameter-name prefix -> factor on the learning rate.
+        muon: beginnings of the names of the layers whose matrices Muon trains; the rest, or all by default, is left to
+            AdamW. See `optimizer`.
+        save: writes the trained model to a folder in the form that others load.
+    """
+
+    name: str
+    model: Callable[[Path | None], nn.Module]
+    dataset: Dataset
+    collator: Callable[[list], dict]
+    arguments: dict[str, Any]
+    save: Callable[[nn.Module, Path], None]
+    learning_rates: dict[str, float] = field(default_factory=dict)
+    muon: tuple[str, ...] = ()
+
+    @property
+    def step_batch_size(self) -> int:
+        """Samples per optimizer step, whatever the number of processes."""
+        return self.arguments["per_device_train_batch_size"] * self.arguments.get(
+            "gradient_accumulation_steps", 1
+        )
+
+
+def share_batch(batch_size: int, num_accumulations: int, num_processes: int) -> tuple[int, int]:
+    """Shares the batch of a step among processes: fewer accumulations first, then smaller batches.
+
+    Batches of 8 accumulated 4 times make a step of 32 samples; on 8 processes that is 4 samples each, once.
+
+    Returns:
+        Batch size and number of accumulations of each process. Their product with `num_processes` is unchanged.
+
+    Raises:
+        TrainingError: the batch does not divide.
+    """
+    fewer = math.gcd(num_accumulations, num_processes)
+    smaller = num_processes // fewer
+    if batch_size % smaller:
+        raise TrainingError(
+            f"a step of {batch_size} x {num_accumulations} samples cannot be shared by {num_processes} processes; set "
+            f"per_device_train_batch_size to a multiple of {smaller}, or use another number of processes"
+        )
+    return batch_size // smaller, num_accumulations // fewer
