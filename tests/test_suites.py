@@ -7,7 +7,8 @@ import pytest
 from tiny_models import noise_image
 
 from vlmslice.data.real_data import image_splits, split_of
-from vlmslice.data.tasks import READ_QUESTIONS, TASKS
+from vlmslice.data.samples import READ_QUESTIONS
+from vlmslice.data.tasks import TASKS
 from vlmslice.data.text import words
 from vlmslice.metrics import TASK_METRICS, Truth
 from vlmslice.suites import DEFAULT_QUESTIONS, SYNTHETIC_TASKS, Suite, SuiteError, open_suite

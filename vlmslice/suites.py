@@ -25,7 +25,8 @@ from PIL import Image
 
 from vlmslice.data.fonts import FontLibrary
 from vlmslice.data.real_data import image_splits
-from vlmslice.data.tasks import READ_QUESTIONS, Curriculum, TaskConfig, TaskDataset
+from vlmslice.data.samples import READ_QUESTIONS
+from vlmslice.data.tasks import Curriculum, TaskConfig, TaskDataset
 from vlmslice.errors import VlmSliceError, suggestion
 from vlmslice.image_loading import load_image
 from vlmslice.metrics import TASK_METRICS, Truth, parse_table

@@ -36,7 +36,8 @@ def locate_answer(answer: str, scene: Scene) -> list[list[Place]]:
     if not written:
         return []
     places: list[list[Place]] = [[] for _ in answer]
-    after = 0
+    # An answer that quotes most of what is written begins with its first word.
+    after = 0 if 2 * len(answer.split()) > len(written) else -1
     for start, end in _pieces(answer):
         if any(places[start:end]):
             continue

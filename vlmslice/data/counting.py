@@ -18,6 +18,15 @@ COUNT_QUESTIONS = (
     "What is the number of {things} in the image?",
 )
 
+_OTHER_NAMES = {
+    "circles": ("balls", "discs", "dots"),
+    "rings": ("hoops",),
+    "crosses": ("pluses",),
+    "shapes": ("objects", "things", "items"),
+}
+"""What kinds are also called."""
+_KIND_OF_NAME = {name: kind for kind, names in _OTHER_NAMES.items() for name in names}
+
 
 def count_shapes(
     rng: random.Random, config: TaskConfig, fonts: FontLibrary, height: int, width: int
@@ -98,16 +107,30 @@ def _ask_count(rng: random.Random, shapes: Sequence[Shape], colors: Sequence[str
     if shapes and rng.random() < 0.8:
         color = rng.choice(shapes).color
     form = rng.choice(("all", "kind", "kind", "color", "color", "both", "both", "both"))
-    things = {
+    things = name_things(form, kind, color)
+    centers = [s.center for s in shapes if _matches(s.kind, s.color, form, kind, color, things)]
+    named = rename(rng, things)
+    question = rng.choice(COUNT_QUESTIONS).format(things=named)
+    mentions = find_mentions(question, named, shapes)
+    return Turn(question, str(len(centers)), points=centers, mentions=mentions)
+
+
+def name_things(form: str, kind: str, color: str) -> str:
+    """What is asked for: "shapes", "rings", "red shapes" or "red rings"."""
+    return {
         "all": "shapes",
         "kind": plural(kind),
         "color": f"{color} shapes",
         "both": f"{color} {plural(kind)}",
     }[form]
-    centers = [s.center for s in shapes if _matches(s.kind, s.color, form, kind, color, things)]
-    question = rng.choice(COUNT_QUESTIONS).format(things=things)
-    mentions = find_mentions(question, things, shapes)
-    return Turn(question, str(len(centers)), points=centers, mentions=mentions)
+
+
+def rename(rng: random.Random, things: str) -> str:
+    """`things` by another of their names, now and then: "red circles" becomes "red balls"."""
+    *color, kind = things.split()
+    if kind in _OTHER_NAMES and rng.random() < 0.4:
+        kind = rng.choice(_OTHER_NAMES[kind])
+    return " ".join([*color, kind])
 
 
 def find_mentions(question: str, things: str, shapes: Sequence[Shape]) -> list[Mention]:
@@ -115,7 +138,8 @@ def find_mentions(question: str, things: str, shapes: Sequence[Shape]) -> list[M
     mentions = []
     start = question.index(things)
     for word in things.split():
-        named = [s.center for s in shapes if word in (s.color, plural(s.kind), "shapes")]
+        known = _KIND_OF_NAME.get(word, word)
+        named = [s.center for s in shapes if known in (s.color, plural(s.kind), "shapes")]
         mentions.append(Mention(start, start + len(word), named))
         start += len(word) + 1
     return mentions

@@ -9,7 +9,7 @@ import string
 import numpy as np
 from PIL import Image, ImageDraw
 
-from vlmslice.data.counting import find_mentions, plural, with_follow_ups
+from vlmslice.data.counting import find_mentions, name_things, rename, with_follow_ups
 from vlmslice.data.fonts import FontLibrary
 from vlmslice.data.photo_effects import shade
 from vlmslice.data.samples import Mention, Place, TaskConfig, TaskSample, Turn
@@ -163,12 +163,7 @@ def _draw_shapes(
             shape_kind = kind
         shade = vary(rng, COLORS[shape_color])
         scene.shapes.append(draw_shape(scene.image, shape_kind, shape_color, (y, x), radius, shade))
-    things = {
-        "all": "shapes",
-        "kind": plural(kind),
-        "color": f"{color} shapes",
-        "both": f"{color} {plural(kind)}",
-    }[form]
+    things = rename(rng, name_things(form, kind, color))
     return things, [shape.center for shape in scene.shapes if _is_asked(shape, form, kind, color)]
 
 

@@ -7,20 +7,21 @@ import random
 from vlmslice.data.fonts import FontLibrary, load_font, spell
 from vlmslice.data.photo_effects import photograph
 from vlmslice.data.phrases import Phrases
-from vlmslice.data.samples import TaskConfig, TaskSample, find_places, font_size
+from vlmslice.data.samples import READ_QUESTIONS, TaskConfig, TaskSample, find_places, font_size
 from vlmslice.data.scenes import Scene, approximate_length, ink_and_paper, paper_image
 from vlmslice.data.typesetting import Pen, cut, fill_lines, line_height
 
 PARAGRAPH_QUESTIONS = (
+    *READ_QUESTIONS,
     "Read all the text.",
     "Transcribe the text line by line.",
-    "What does the text say?",
     "What is written here?",
     "Read the paragraph.",
     "Write down every line of text.",
 )
 
 PAGE_QUESTIONS = (
+    *READ_QUESTIONS,
     "Read the page.",
     "Transcribe the page, column by column.",
     "Read all the text, from the left column to the right.",

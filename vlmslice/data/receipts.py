@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from vlmslice.data.fonts import FontLibrary, load_font, spell
 from vlmslice.data.photo_effects import photograph, print_thermally
 from vlmslice.data.phrases import Phrases
-from vlmslice.data.samples import TaskConfig, TaskSample, reshape
+from vlmslice.data.samples import READ_QUESTIONS, TaskConfig, TaskSample, reshape
 from vlmslice.data.scenes import Scene, paper_image
 from vlmslice.data.typesetting import Font, Pen, line_height
 
@@ -21,7 +21,12 @@ _CASH_WORDS = ("CASH", "Cash", "VISA", "Card", "Mastercard")
 _THANKS = ("THANK YOU", "Thank you!", "Please come again", "GOODS SOLD ARE NOT RETURNABLE", "Have a nice day")
 
 QUESTIONS = {
-    "all": ("Read the receipt.", "Transcribe the receipt line by line.", "Read all the text of the receipt."),
+    "all": (
+        *READ_QUESTIONS,
+        "Read the receipt.",
+        "Transcribe the receipt line by line.",
+        "Read all the text of the receipt.",
+    ),
     "total": (
         "What is the total?",
         "What is the total amount?",
@@ -37,6 +42,7 @@ QUESTIONS = {
     "address": ("What is the address?", "Where is the company?"),
     "json": (
         "Read the receipt as JSON.",
+        "Give the company, date, address and total of this receipt as JSON.",
         "Give company, date, address and total as JSON.",
         "Extract the company, date, address and total as JSON.",
     ),

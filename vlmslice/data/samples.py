@@ -10,6 +10,16 @@ from dataclasses import dataclass, field
 from vlmslice.data.fonts import FontLibrary
 from vlmslice.data.scenes import Glyph, Scene
 
+READ_QUESTIONS = (
+    "Read the text.",
+    "What does the text say?",
+    "What is written in the image?",
+    "Transcribe the text in this picture.",
+    "Which words are shown?",
+    "Read this.",
+)
+"""For any text: a word, a line, a page."""
+
 Place = tuple[float, float]
 """A point (y, x) of a picture, in pixels."""
 

@@ -10,11 +10,12 @@ from PIL import Image
 
 from vlmslice.data.fonts import FontLibrary, spell
 from vlmslice.data.phrases import Phrases
-from vlmslice.data.samples import TaskConfig, TaskSample, font_size
+from vlmslice.data.samples import READ_QUESTIONS, TaskConfig, TaskSample, font_size
 from vlmslice.data.scenes import Color, Scene, add_camera_effects
 from vlmslice.data.typesetting import Font, Pen, cut, line_height
 
 QUESTIONS = (
+    READ_QUESTIONS[0],
     "Read all the text on the screen.",
     "What is written on the screen?",
     "Transcribe the screenshot.",

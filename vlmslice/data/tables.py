@@ -18,7 +18,12 @@ from vlmslice.data.typesetting import Font, Pen, line_height
 _SMALLEST = 9  # px per em
 _MIN_AREA = 200 * 160
 
-HTML_QUESTIONS = ("Read the table as HTML.", "Give the table as HTML.", "Transcribe the table in HTML.")
+HTML_QUESTIONS = (
+    "Write this table as HTML.",
+    "Read the table as HTML.",
+    "Give the table as HTML.",
+    "Transcribe the table in HTML.",
+)
 CSV_QUESTIONS = (
     "Read the table as CSV.",
     "Give the table as CSV.",

@@ -22,7 +22,7 @@ from vlmslice.data.fonts import FontLibrary, load_font
 from vlmslice.data.paragraphs import find_line, read_page, read_paragraph, read_place
 from vlmslice.data.plots import read_plot
 from vlmslice.data.receipts import read_receipt
-from vlmslice.data.samples import Task, TaskConfig, TaskSample, find_places, reshape
+from vlmslice.data.samples import READ_QUESTIONS, Task, TaskConfig, TaskSample, find_places, reshape
 from vlmslice.data.scenes import (
     Scene,
     add_camera_effects,
@@ -39,15 +39,6 @@ from vlmslice.data.text import random_words
 __all__ = [
     "TASKS", "Curriculum", "Task", "TaskConfig", "TaskDataset", "TaskSample", "picture_size", "read_chart", "read_line",
 ]  # fmt: skip
-
-READ_QUESTIONS = (
-    "Read the text.",
-    "What does the text say?",
-    "What is written in the image?",
-    "Transcribe the text in this picture.",
-    "Which words are shown?",
-    "Read this.",
-)
 
 
 def picture_size(rng: random.Random, config: TaskConfig) -> tuple[int, int]:
