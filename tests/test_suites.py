@@ -3,7 +3,9 @@
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
+from scipy import ndimage
 from tiny_models import noise_image
 
 from vlmslice.data.real_data import image_splits, split_of
@@ -50,12 +52,30 @@ class TestSynthetic:
         few, many = (open_suite("synthetic", limit=n, parts=["read"]) for n in (1, 50))
         assert (few[0].id, few[0].truth) == (many[0].id, many[0].truth)
         assert few.sha256 != many.sha256
-        assert len(open_suite("synthetic").ids) == 900
+        assert len(open_suite("synthetic").ids) == 300 * len(SYNTHETIC_TASKS)
 
     def test_words_are_held_out(self) -> None:
         trained = {word for word in words("train") if len(word) > 3}
         for sample in samples(open_suite("synthetic", limit=10, parts=["read"])):
             assert not trained & set(sample.truth.answer.lower().split())
+
+
+class TestNineBalls:
+    def test_every_size_shows_nine(self) -> None:
+        """Each ball is a patch of its own, whatever the size."""
+        suite = open_suite("nine-balls")
+        sides = [sample.image.width for sample in samples(suite)]
+        assert len(sides) == 24 and (sides[0], sides[-1]) == (224, 4096) and sides == sorted(sides)
+        for sample in (suite[0], suite[11], suite[23]):
+            assert sample.image.height == sample.image.width and sample.truth == Truth("9")
+            is_ball = np.asarray(sample.image.resize((256, 256)))[..., 0] < 150
+            _, num_patches = ndimage.label(is_ball)
+            assert num_patches == 9
+
+    def test_the_picture_is_the_same_at_every_size(self) -> None:
+        suite = open_suite("nine-balls")
+        small, large = (np.asarray(suite[i].image.resize((128, 128)), dtype=float) for i in (5, 23))
+        assert np.abs(small - large).mean() < 2
 
 
 class TestRows:

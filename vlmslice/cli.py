@@ -203,7 +203,8 @@ def evaluate_command(
     suite: Annotated[
         str,
         typer.Option(
-            metavar="SUITE", help="`synthetic`, `dev`, or a JSONL file of image, task, question, answer."
+            metavar="SUITE",
+            help="`synthetic`, `nine-balls`, `dev`, or a JSONL file of image, task, question, answer.",
         ),
     ],
     model: _Model = None,

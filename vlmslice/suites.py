@@ -16,7 +16,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, Protocol
@@ -24,6 +24,7 @@ from typing import Any, Protocol
 from PIL import Image
 
 from vlmslice.data.fonts import FontLibrary
+from vlmslice.data.nine_balls import draw_nine_balls
 from vlmslice.data.real_data import image_splits
 from vlmslice.data.samples import READ_QUESTIONS
 from vlmslice.data.tasks import Curriculum, TaskConfig, TaskDataset
@@ -43,9 +44,25 @@ DEFAULT_QUESTIONS = {
 
 SYNTHETIC_SEED = 20_261_122
 SYNTHETIC_CONFIG = TaskConfig(megapixels=(0.05, 4.0), num_words=(1, 6), max_count=10, split="eval")
-# The tasks that the bundled model is taught.
-SYNTHETIC_TASKS = {"read": "ocr-line", "count": "count", "chart": "chart-qa"}
+# Metrics and difficulty of each part; parts are rendered by the task of their name.
+SYNTHETIC_TASKS = {
+    "read": "ocr-line",
+    "paragraph": "ocr-page",
+    "count": "count",
+    "crowd": "count",
+    "chart": "chart-qa",
+    "plot": "chart-qa",
+}
+SYNTHETIC_CONFIGS = dict.fromkeys(SYNTHETIC_TASKS, SYNTHETIC_CONFIG) | {
+    "crowd": replace(SYNTHETIC_CONFIG, max_count=30),
+    # Values, names and labels; whole tables have another metric.
+    "plot": replace(SYNTHETIC_CONFIG, max_answer=40),
+}
 SYNTHETIC_SIZE = 300
+
+NINE_BALLS_QUESTION = "How many balls are there?"
+NINE_BALLS_SIZES = tuple(round(224 * (4096 / 224) ** (i / 23)) for i in range(24))
+"""Sides of the pictures of nine balls, px."""
 
 _BLOOD_CELLS = {
     "How many red blood cells are in the image?": "count-red-blood-cells",
@@ -111,7 +128,7 @@ def open_suite(
     """Opens a suite by its name.
 
     Args:
-        name: `synthetic`, `dev`, or the path of a JSONL file.
+        name: `synthetic`, `nine-balls`, `dev`, or the path of a JSONL file.
         data_root: Folder of the real images, for `dev` only.
         limit: Most samples of each part; a smaller limit takes some of those that a larger one takes.
         parts: Names of the parts to keep; by default all.
@@ -127,6 +144,9 @@ def open_suite(
     if name == "synthetic":
         chosen = _choose_parts(SYNTHETIC_TASKS, parts)
         return SyntheticSuite({part: limit or SYNTHETIC_SIZE for part in chosen})
+    if name == "nine-balls":
+        _choose_parts(["nine-balls"], parts)
+        return NineBallsSuite(NINE_BALLS_SIZES[:limit])
     if name == "dev":
         if data_root is None:
             raise SuiteError(
@@ -137,9 +157,9 @@ def open_suite(
         return FileSuite(name, data_root, {part: rows[part] for part in _choose_parts(rows, parts)}, limit)
     path = Path(name)
     if not path.is_file():
-        known = ("synthetic", "dev")
+        known = ("synthetic", "nine-balls", "dev")
         raise SuiteError(
-            f"there is no suite {name!r}; expected 'synthetic', 'dev' or the path of a JSONL file"
+            f"there is no suite {name!r}; expected 'synthetic', 'nine-balls', 'dev' or the path of a JSONL file"
             f"{suggestion(name, known)}"
         )
     grouped: dict[str, list[_Row]] = {}
@@ -191,7 +211,7 @@ class SyntheticSuite:
         self.ids = [f"{part}/{i:05}" for part, number in num_samples.items() for i in range(number)]
         self._datasets = {
             part: TaskDataset(
-                [Curriculum(number, SYNTHETIC_CONFIG, {part: 1.0})],
+                [Curriculum(number, SYNTHETIC_CONFIGS[part], {part: 1.0})],
                 fonts,
                 SYNTHETIC_SEED,
                 group=1,
@@ -200,7 +220,8 @@ class SyntheticSuite:
             for part, number in num_samples.items()
         }
         paths = sorted({font.path for cuts in fonts.families.values() for font in cuts})
-        recipe = {"seed": SYNTHETIC_SEED, "config": asdict(SYNTHETIC_CONFIG), "num_samples": num_samples}
+        configs = {part: asdict(SYNTHETIC_CONFIGS[part]) for part in num_samples}
+        recipe = {"seed": SYNTHETIC_SEED, "configs": configs, "num_samples": num_samples}
         self.sha256 = _digest(recipe, map(Path, paths))
 
     def __getitem__(self, index: int) -> Sample:
@@ -210,6 +231,23 @@ class SyntheticSuite:
         return Sample(
             id, part, self.parts[part], drawn.question, Truth(drawn.answer), drawn.scene.image, source=id
         )
+
+
+class NineBallsSuite:
+    """The same nine balls at growing sizes: of a model whose slices overlap one reads of 9, then 12, then 16."""
+
+    name = "nine-balls"
+
+    def __init__(self, sides: Sequence[int] = NINE_BALLS_SIZES):
+        """`sides`: of the square pictures, px."""
+        self.parts = {"nine-balls": "count"}
+        self.ids = [f"nine-balls/{side:05}" for side in sides]
+        self.sha256 = _digest({"sides": sides, "question": NINE_BALLS_QUESTION}, ())
+
+    def __getitem__(self, index: int) -> Sample:
+        id = self.ids[index]
+        image = draw_nine_balls(int(id.rpartition("/")[2]))
+        return Sample(id, "nine-balls", "count", NINE_BALLS_QUESTION, Truth("9"), image, source=id)
 
 
 # Rows of files

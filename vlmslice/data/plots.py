@@ -85,7 +85,7 @@ def read_plot(
         from vlmslice.data.plot_matplotlib import draw_with_matplotlib as draw  # half a second to load
     scene, colors = draw(rng, config, fonts, plot, height, width)
     scene.image = add_camera_effects(rng, scene.image, 0.5)
-    question, answer = ask(rng, plot, colors)
+    question, answer = ask(rng, plot, colors, config.max_answer)
     return TaskSample("plot", scene, question, answer)
 
 
@@ -104,13 +104,14 @@ def plot_table(plot: Plot) -> list[list[str]]:
     return [[plot.x_label or "Name", *heads], *rows]
 
 
-def ask(rng: random.Random, plot: Plot, colors: tuple[str, ...]) -> tuple[str, str]:
+def ask(rng: random.Random, plot: Plot, colors: tuple[str, ...], max_answer: int = 400) -> tuple[str, str]:
     """A question about the plot and its answer.
 
     Args:
         rng: drawn from.
         plot: what is shown.
         colors: name of the colour of each series; of the only series, if all its marks share one; else empty.
+        max_answer: tables of more characters are not asked for.
     """
     asked: list[list[tuple[str, str]]] = [
         [("What is the title of the chart?", plot.title), ("Read the title.", plot.title)]
@@ -147,7 +148,8 @@ def ask(rng: random.Random, plot: Plot, colors: tuple[str, ...]) -> tuple[str, s
         asked += [_about_several_series(rng, plot)] * 4
     if plot.kind != "scatter":
         table = table_to_csv(plot_table(plot))
-        asked.append([("Give the data as CSV.", table), ("Read the chart as a CSV table.", table)])
+        if len(table) <= max_answer:
+            asked.append([("Give the data as CSV.", table), ("Read the chart as a CSV table.", table)])
     return rng.choice(rng.choice(asked))
 
 
