@@ -5,9 +5,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import ImageDraw
+from PIL import Image, ImageDraw
 from tiny_models import noise_image
 
+from vlmslice.data.overlap import find_overlap
 from vlmslice.data.real_data import image_splits, split_of
 from vlmslice.data.samples import READ_QUESTIONS
 from vlmslice.data.tasks import TASKS
@@ -264,7 +265,8 @@ def test_dev(tmp_path: Path) -> None:
     ]
 
 
-def test_dev_leaves_out_what_may_train(tmp_path: Path) -> None:
+def write_both_sides(tmp_path: Path) -> dict[str, str]:
+    """A folder of the real sets with an image that may train and one that is kept apart; returns their names."""
     images = {side: image_on(side, "b") for side in ("train", "eval")}
     question = "How many platelets are in the image?"
     cells = [{"image": name, "task": "count", "question": question, "answer": 3} for name in images.values()]
@@ -289,8 +291,33 @@ def test_dev_leaves_out_what_may_train(tmp_path: Path) -> None:
     }
     for name, rows in files.items():
         write_rows(tmp_path, *rows, name=f"{name}.jsonl")
+    return images
+
+
+def test_dev_leaves_out_what_may_train(tmp_path: Path) -> None:
+    images = write_both_sides(tmp_path)
     suite = open_suite("dev", data_root=tmp_path)
     used = {sample.source for sample in samples(suite)}
     assert used == {images["eval"], "p.png", "f.png", "c.png"}
     trained = {image for image, side in image_splits(tmp_path).items() if side == "train"}
     assert trained == {images["train"]}
+
+
+def test_overlap_finds_the_same_file_and_near_copies(tmp_path: Path) -> None:
+    images = write_both_sides(tmp_path)
+    trained, evaluated = tmp_path / images["train"], tmp_path / images["eval"]
+    assert trained.read_bytes() == evaluated.read_bytes()
+    assert find_overlap(tmp_path).same_files == [images["eval"]]
+
+    noise_image(300, 200, seed=1).save(evaluated)
+    noise_image(300, 200, seed=2).save(trained)
+    apart = find_overlap(tmp_path)
+    assert (apart.num_trained, apart.num_evaluated, apart.same_files) == (1, 4, [])
+    assert max(likeness for *_, likeness in apart.pairs) < 0.5
+
+    with Image.open(evaluated) as image:
+        image.convert("L").resize((180, 270)).save(trained, quality=60)
+    alike = find_overlap(tmp_path)
+    assert not alike.same_files
+    assert alike.pairs[0][:2] == (images["eval"], images["train"]) and alike.pairs[0][2] > 0.97
+    assert alike.pairs[1][2] < 0.5

@@ -376,6 +376,32 @@ def speed(
         print(f"{name:<12}{rate:>10.0f}{1000 / rate:>11.1f}{area:>12.2f}", flush=True)
 
 
+@data_app.command()
+def overlap(
+    data_root: Annotated[Path, typer.Option(metavar="FOLDER", help="Folder of the real sets.")],
+    alike: Annotated[
+        float, typer.Option(min=0, max=1, help="Likeness from which a pair is listed; 1 is a copy.")
+    ] = 0.97,
+) -> None:
+    """Look for images of the suite `dev` among those that may train; exit code 1 if there are any.
+
+    - `vlmslice data overlap --data-root DATA`
+    """
+    from vlmslice.data.overlap import find_overlap
+
+    found = find_overlap(data_root)
+    print(f"{found.num_evaluated} images are evaluated on, {found.num_trained} may train")
+    print(f"the same path or file on both sides: {len(found.same_files)}")
+    for image in found.same_files:
+        print(f"  {image}")
+    pairs = [pair for pair in found.pairs if pair[2] >= alike]
+    print(f"alike by {alike:g} or more: {len(pairs)}")
+    for evaluated, trained, likeness in pairs:
+        print(f"  {likeness:.3f}  {evaluated}  {trained}")
+    if found.same_files:
+        raise typer.Exit(1)
+
+
 def _data_config(
     split: str, megapixels: tuple[float, float], max_count: int
 ) -> tuple[TaskConfig, FontLibrary]:

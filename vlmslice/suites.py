@@ -293,16 +293,20 @@ class FileSuite:
             for i in _smallest_hashes(some, limit):
                 self.ids.append(f"{part}/{i:05}")
                 self._rows.append(some[i])
-        images = sorted({row.image for row in self._rows})
-        for image in images:
+        for image in self.images:
             if not (folder / image).is_file():
                 raise SuiteError(
                     f"image {image!r} of the suite {name!r} is not in {str(folder)!r}; expected a file there; "
                     "check the paths of the rows"
                 )
-        self.sha256 = _digest([asdict(row) for row in self._rows], (folder / image for image in images))
+        self.sha256 = _digest([asdict(row) for row in self._rows], (folder / image for image in self.images))
         # The lines of a page follow each other.
         self._load = lru_cache(maxsize=2)(load_image)
+
+    @property
+    def images(self) -> list[str]:
+        """Paths of all images, relative to the folder, sorted."""
+        return sorted({row.image for row in self._rows})
 
     def __getitem__(self, index: int) -> Sample:
         row = self._rows[index]
