@@ -1,6 +1,7 @@
 """Rendered tasks: the same every time, inside the picture, and with answers that follow from the dense truth."""
 
 import csv
+import dataclasses
 import hashlib
 import html
 import io
@@ -533,6 +534,23 @@ class TestFollowUps:
             firsts.add(sample.answer)
             assert len(sample.turns) <= 4
         assert {"0", "1", "2"} <= numbers and "0" in firsts
+
+    @pytest.mark.parametrize(
+        "task", ["line", "place", "page", "receipt", "table", "screenshot", "plot", "flowchart"]
+    )
+    def test_several_questions_have_different_answers(self, task):
+        """The short ones first; and the picture is that of a single question."""
+        config = TaskConfig(megapixels=(0.05, 0.1), matplotlib=0)
+        alone = list(samples(task, 20, config))
+        several = list(samples(task, 20, dataclasses.replace(config, max_questions=4)))
+        assert max(len(sample.turns) for sample in several) > 1
+        for sample, single in zip(several, alone, strict=True):
+            assert not single.follow_ups
+            assert sample.scene.image.tobytes() == single.scene.image.tobytes()
+            answers = [turn.answer for turn in sample.turns]
+            assert len(set(answers)) == len(answers) <= 4 and single.answer in answers
+            assert [len(answer) for answer in answers] == sorted(map(len, answers))
+            assert all(len(turn.places) in (0, len(turn.answer)) for turn in sample.turns)
 
     def test_one_question_by_default(self):
         assert all(not sample.follow_ups for sample in samples("count", 10))

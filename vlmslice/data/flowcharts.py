@@ -11,7 +11,7 @@ from PIL import ImageDraw
 from vlmslice.data.fonts import FontLibrary, spell
 from vlmslice.data.photo_effects import photograph
 from vlmslice.data.phrases import Phrases
-from vlmslice.data.samples import TaskConfig, TaskSample, reshape
+from vlmslice.data.samples import TaskConfig, TaskSample, ask_several, reshape
 from vlmslice.data.scenes import Box, Color, Scene, ink_and_paper, paper_image
 from vlmslice.data.typesetting import Pen, line_height
 
@@ -105,8 +105,7 @@ def read_flowchart(
         pen.write_middle(name, font, (top + bottom - line_height(font)) / 2, (left + right) / 2)
         pen.mark("node", name, (top, left, bottom, right))
     scene = photograph(rng, scene, config.photo)
-    question, answer = _ask(rng, chart)
-    return TaskSample("flowchart", scene, question, answer)
+    return ask_several(rng, config, "flowchart", scene, lambda: _ask(rng, chart))
 
 
 def _between(a: Box, b: Box) -> Box:

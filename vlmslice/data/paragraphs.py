@@ -7,7 +7,7 @@ import random
 from vlmslice.data.fonts import FontLibrary, load_font, spell
 from vlmslice.data.photo_effects import photograph
 from vlmslice.data.phrases import Phrases
-from vlmslice.data.samples import READ_QUESTIONS, TaskConfig, TaskSample, find_places, font_size
+from vlmslice.data.samples import READ_QUESTIONS, TaskConfig, TaskSample, ask_several, find_places, font_size
 from vlmslice.data.scenes import Scene, approximate_length, ink_and_paper, paper_image
 from vlmslice.data.typesetting import Pen, cut, fill_lines, line_height
 
@@ -94,6 +94,10 @@ def find_line(
 ) -> TaskSample:
     """Several lines of running text; the question asks for one of them, by number or by its neighbour."""
     scene, lines = _draw_paragraph(rng, config, fonts, height, width)
+    return ask_several(rng, config, "line", scene, lambda: _ask_line(rng, lines))
+
+
+def _ask_line(rng: random.Random, lines: list[str]) -> tuple[str, str]:
     i = rng.randrange(len(lines))
     asked = [f"Read line {i + 1}.", f"What does line {i + 1} say?"]
     if i < len(_ORDINALS):
@@ -104,7 +108,7 @@ def find_line(
         asked += [f'Read the line after "{lines[i - 1]}".', f'What is written below "{lines[i - 1]}"?']
     if i < len(lines) - 1 and lines.count(lines[i + 1]) == 1:
         asked += [f'Read the line before "{lines[i + 1]}".', f'What is written above "{lines[i + 1]}"?']
-    return TaskSample("line", scene, rng.choice(asked), lines[i])
+    return rng.choice(asked), lines[i]
 
 
 def read_place(
@@ -128,10 +132,14 @@ def read_place(
         top += rng.uniform(0, slack) * (1, 0, -1)[row]
         pen.write(texts[place], font, top, left)
     scene = photograph(rng, scene, config.photo)
-    asked = rng.choice(places)
+    return ask_several(rng, config, "place", scene, lambda: _ask_place(rng, texts))
+
+
+def _ask_place(rng: random.Random, texts: dict[tuple[int, int], str]) -> tuple[str, str]:
+    asked = rng.choice(list(texts))
     if rng.random() < 0.2 and list(texts.values()).count(texts[asked]) == 1:
-        return TaskSample("place", scene, f'Where is "{texts[asked]}" written?', PLACES[asked])
-    return TaskSample("place", scene, rng.choice(PLACE_QUESTIONS).format(PLACES[asked]), texts[asked])
+        return f'Where is "{texts[asked]}" written?', PLACES[asked]
+    return rng.choice(PLACE_QUESTIONS).format(PLACES[asked]), texts[asked]
 
 
 def read_page(
@@ -177,5 +185,4 @@ def read_page(
         names = {2: ("left", "right"), 3: ("left", "middle", "right")}[num_columns]
         i = rng.randrange(num_columns)
         asked += [(f"Read the {names[i]} column.", columns[i]), (f"Read column {i + 1}.", columns[i])]
-    question, answer = rng.choice(asked)
-    return TaskSample("page", scene, question, answer)
+    return ask_several(rng, config, "page", scene, lambda: rng.choice(asked))

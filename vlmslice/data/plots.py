@@ -12,7 +12,7 @@ from vlmslice.data.fonts import FontLibrary
 from vlmslice.data.phrases import Phrases
 from vlmslice.data.plot_pillow import draw_with_pillow
 from vlmslice.data.plot_types import KINDS, Plot, Series
-from vlmslice.data.samples import TaskConfig, TaskSample, reshape
+from vlmslice.data.samples import TaskConfig, TaskSample, ask_several, reshape
 from vlmslice.data.scenes import add_camera_effects
 from vlmslice.data.tables import table_to_csv
 
@@ -85,8 +85,7 @@ def read_plot(
         from vlmslice.data.plot_matplotlib import draw_with_matplotlib as draw  # half a second to load
     scene, colors = draw(rng, config, fonts, plot, height, width)
     scene.image = add_camera_effects(rng, scene.image, 0.5)
-    question, answer = ask(rng, plot, colors, config.max_answer)
-    return TaskSample("plot", scene, question, answer)
+    return ask_several(rng, config, "plot", scene, lambda: ask(rng, plot, colors, config.max_answer))
 
 
 def spell_value(value: float) -> str:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from vlmslice.data.fonts import FontLibrary, load_font, spell
 from vlmslice.data.photo_effects import photograph, print_thermally
 from vlmslice.data.phrases import Phrases
-from vlmslice.data.samples import READ_QUESTIONS, TaskConfig, TaskSample, reshape
+from vlmslice.data.samples import READ_QUESTIONS, TaskConfig, TaskSample, ask_several, reshape
 from vlmslice.data.scenes import Scene, paper_image
 from vlmslice.data.typesetting import Font, Pen, line_height
 
@@ -134,9 +134,7 @@ def read_receipt(
     if rng.random() < 0.35:
         scene.image = print_thermally(rng, scene.image, max(2, round(font.size / 9)))
     scene = photograph(rng, scene, config.photo)
-    kind = rng.choices(list(_WEIGHTS), list(_WEIGHTS.values()))[0]
-    question, answer = _ask(rng, kind, receipt, lines)
-    return TaskSample("receipt", scene, question, answer)
+    return ask_several(rng, config, "receipt", scene, lambda: _ask(rng, receipt, lines))
 
 
 def _spelled(receipt: Receipt, font: Font) -> Receipt:
@@ -194,7 +192,8 @@ def _rule(pen: Pen, y: float, left: float, right: float, thickness: int) -> None
         x += 1.7 * dash
 
 
-def _ask(rng: random.Random, kind: str, receipt: Receipt, lines: list[str]) -> tuple[str, str]:
+def _ask(rng: random.Random, receipt: Receipt, lines: list[str]) -> tuple[str, str]:
+    kind = rng.choices(list(_WEIGHTS), list(_WEIGHTS.values()))[0]
     if kind == "price":
         name, price = rng.choice(receipt.items)
         return rng.choice(

@@ -35,7 +35,7 @@ class TaskConfig:
         max_characters: lines are cut to whole words within this length (at least one word).
         font_px: smallest and largest font size, px per em, before the line is made to fit.
         max_count: largest count of shapes.
-        max_questions: questions about one picture of shapes; to look at a large picture costs more than to answer.
+        max_questions: questions about one picture; to look at a large picture costs more than to answer.
         split: "train" or "eval": which words and which chart styles are used.
         num_lines: fewest and most lines of a paragraph, items of a receipt, rows of a table, boxes of a flowchart.
         max_answer: characters of a read-out at most; pictures hold no more text than this.
@@ -129,6 +129,31 @@ class TaskSample:
 
 Task = Callable[[random.Random, TaskConfig, FontLibrary, int, int], TaskSample]
 """Draws a sample on a picture of a height and width."""
+
+
+def ask_several(
+    rng: random.Random, config: TaskConfig, task: str, scene: Scene, ask: Callable[[], tuple[str, str]]
+) -> TaskSample:
+    """A sample of one question or, with `config.max_questions`, of several that have different answers.
+
+    Short answers come first, so that they are read off the picture and not out of a longer answer.
+
+    Args:
+        rng: drawn from.
+        config: tells how many.
+        task: name of the task.
+        scene: what is asked about.
+        ask: draws a question and its answer.
+    """
+    asked = [ask()]
+    if config.max_questions > 1:
+        for _ in range(rng.randrange(config.max_questions)):
+            question, answer = ask()
+            if all(answer != other for _, other in asked):
+                asked.append((question, answer))
+        asked.sort(key=lambda pair: len(pair[1]))
+    (question, answer), *others = asked
+    return TaskSample(task, scene, question, answer, follow_ups=[Turn(*pair) for pair in others])
 
 
 def reshape(height: int, width: int, aspects: tuple[float, float], min_area: float = 0.0) -> tuple[int, int]:

@@ -10,7 +10,7 @@ from PIL import Image
 
 from vlmslice.data.fonts import FontLibrary, spell
 from vlmslice.data.phrases import Phrases
-from vlmslice.data.samples import READ_QUESTIONS, TaskConfig, TaskSample, font_size
+from vlmslice.data.samples import READ_QUESTIONS, TaskConfig, TaskSample, ask_several, font_size
 from vlmslice.data.scenes import Color, Scene, add_camera_effects
 from vlmslice.data.typesetting import Font, Pen, cut, line_height
 
@@ -88,8 +88,7 @@ def read_screen(
         rng, config, phrases, pen, font, theme, window, (bar + 0.5 * unit, left, height, width - 0.5 * unit)
     )
     scene.image = add_camera_effects(rng, scene.image, 0.4)
-    question, answer = _ask(rng, window)
-    return TaskSample("screenshot", scene, question, answer)
+    return ask_several(rng, config, "screenshot", scene, lambda: _ask(rng, window))
 
 
 def _draw_menu(

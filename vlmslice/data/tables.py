@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from vlmslice.data.fonts import FontLibrary, load_font, spell
 from vlmslice.data.photo_effects import photograph
 from vlmslice.data.phrases import Phrases
-from vlmslice.data.samples import TaskConfig, TaskSample, font_size, reshape
+from vlmslice.data.samples import TaskConfig, TaskSample, ask_several, font_size, reshape
 from vlmslice.data.scenes import Scene, ink_and_paper, paper_image
 from vlmslice.data.typesetting import Font, Pen, line_height
 
@@ -79,8 +79,7 @@ def read_table(
     font, cells = _fit(font, cells, pad, 0.96 * height, 0.96 * width)
     scene = _draw(rng, font, cells, pad, height, width)
     scene = photograph(rng, scene, config.photo)
-    question, answer = _ask(rng, cells)
-    return TaskSample("table", scene, question, answer)
+    return ask_several(rng, config, "table", scene, lambda: _ask(rng, cells))
 
 
 def _fit(font: Font, cells: Cells, pad: float, height: float, width: float) -> tuple[Font, Cells]:

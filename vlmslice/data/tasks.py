@@ -22,7 +22,7 @@ from vlmslice.data.fonts import FontLibrary, load_font
 from vlmslice.data.paragraphs import find_line, read_page, read_paragraph, read_place
 from vlmslice.data.plots import read_plot
 from vlmslice.data.receipts import read_receipt
-from vlmslice.data.samples import READ_QUESTIONS, Task, TaskConfig, TaskSample, find_places, reshape
+from vlmslice.data.samples import READ_QUESTIONS, Task, TaskConfig, TaskSample, Turn, find_places, reshape
 from vlmslice.data.scenes import (
     Scene,
     add_camera_effects,
@@ -149,6 +149,7 @@ class TaskDataset(Sequence[TaskSample]):
         rng = sample_rng(self.seed, self.name, index)
         task = rng.choices(list(step.weights), list(step.weights.values()))[0]
         sample = TASKS[task](rng, step.config, self.fonts, height, width)
-        if not sample.places:
-            sample.places = locate_answer(sample.answer, sample.scene)
+        turns: list[TaskSample | Turn] = [sample, *sample.follow_ups]
+        for turn in turns:
+            turn.places = turn.places or locate_answer(turn.answer, sample.scene)
         return sample
