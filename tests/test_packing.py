@@ -13,8 +13,11 @@ from hypothesis import strategies as st
 from tiny_models import CONNECTORS, noise_image, tiny_model, tiny_processor
 
 from vlmslice.data.collator import IGNORED, VlmSliceCollator
+from vlmslice.data.fonts import FontLibrary, matplotlib_font_dir
 from vlmslice.data.lengths import LengthError, SampleSize, measure_conversation
 from vlmslice.data.packing import PackedDataset, PackingCollator, PackingError, plan_packs
+from vlmslice.data.task_collator import TaskCollator
+from vlmslice.data.tasks import Curriculum, TaskConfig, TaskDataset
 from vlmslice.loss_weighting import WEIGHTINGS, WeightingCollator
 
 TOLERANCE = 1e-5
@@ -47,12 +50,11 @@ def packs_of(samples: list[dict], plan: list[list[int]] = PLAN) -> list[list[dic
     return [[samples[number] for number in pack] for pack in plan]
 
 
-def packing_model(connector: str):
+def packing_model(connector: str, **options):
     """With a head of first fit, where there is cross-attention."""
-    options = {}
     if connector == "cross_attention":
         first = tiny_processor(connector).location_token_id
-        options = {"first_fit_layers": [1], "location_token_id": first}
+        options |= {"first_fit_layers": [1], "location_token_id": first}
     model = tiny_model(connector, **options)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -95,6 +97,34 @@ def test_gradients_of_packed_rows_are_those_of_separate_samples(connector, weigh
     assert_same_gradients(gradients(model, packing(packs_of(SAMPLES))), separate)
     # Accumulated: one row after the other.
     assert_same_gradients(gradients(model, *(packing([pack]) for pack in packs_of(SAMPLES))), separate)
+
+
+@pytest.mark.parametrize("connector", CONNECTORS)
+def test_dense_and_guide_losses_of_packed_rows_are_those_of_separate_samples(connector):
+    model = packing_model(connector, dense_loss_weight=0.5, guide_loss_weight=0.5)
+    model.set_attn_implementation({"text_config": "eager"})
+    steps = [Curriculum(6, TaskConfig(megapixels=(0.004, 0.02)), {"count": 0.5, "read": 0.5})]
+    samples = list(TaskDataset(steps, FontLibrary("train", [matplotlib_font_dir()]), seed=1, group=1))
+    assert {sample.task for sample in samples} == {"count", "read"}
+    processor = tiny_processor(connector)
+    single = TaskCollator(processor)
+    packing = PackingCollator(single, processor, max_length=1024)
+    outputs = []
+    # In one order, so that both batches hold the views in it.
+    for batch in (single(samples), packing(packs_of(samples, [[0, 1, 2], [3, 4], [5]]))):
+        model.zero_grad()
+        output = model(**batch)
+        output.loss.backward()
+        outputs.append(
+            (output, {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None})
+        )
+    (separate, expected), (packed, got) = outputs
+    assert float(packed.auxiliary_loss.detach()) > 0.1
+    assert packed.metrics.keys() == separate.metrics.keys()
+    assert ("first_fit_loss" in packed.metrics) == (connector == "cross_attention")
+    for name, value in separate.metrics.items():
+        torch.testing.assert_close(packed.metrics[name], value, atol=1e-5, rtol=1e-5)
+    assert_same_gradients(got, expected)
 
 
 def logits_of_samples(model, packing, samples) -> dict[int, torch.Tensor]:
@@ -211,7 +241,9 @@ def test_batches_that_cannot_be_packed_are_refused():
         PackingCollator(with_more, processor, 512)([SAMPLES[:2]])
 
     def flipped(samples):
-        return {name: value.flip(1) if value.ndim == 2 else value for name, value in collator(samples).items()}
+        return {
+            name: value.flip(1) if value.ndim == 2 else value for name, value in collator(samples).items()
+        }
 
     with pytest.raises(PackingError, match="not padded on the right"):
         PackingCollator(flipped, processor, 512)([[SAMPLES[0], SAMPLES[5]]])

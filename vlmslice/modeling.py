@@ -263,9 +263,9 @@ class VlmSliceForConditionalGeneration(VlmSlicePreTrainedModel, GenerationMixin)
 
         Where `position_ids` start again within a row, it holds several samples; see `packed_rows`.
 
-        With `labels` the language loss is returned, weighted by `loss_weights` (see `loss_weighting`) if given; with `label_NAME` arguments (cells, see `data.dense`) and a dense
-        head the dense loss is added to it, and with `guide_entries` and `guide_shares` (see `attention_guide`) the
-        guide loss.
+        With `labels` the language loss is returned, weighted by `loss_weights` (see `loss_weighting`) if given; with
+        `label_NAME` arguments (cells, see `data.dense`) and a dense head the dense loss is added to it, and with
+        `guide_entries` and `guide_shares` (see `attention_guide`) the guide loss.
         """
         dense_labels = {
             k.removeprefix("label_"): kwargs.pop(k) for k in list(kwargs) if k.startswith("label_")

@@ -1,6 +1,6 @@
 """How long samples are, without their pixels; and batches of samples of like length.
 
-    dataset -> `measure_dataset` -> sizes -> `LengthSortedDataset`, or `packing.PackedDataset`
+dataset -> `measure_dataset` -> sizes -> `LengthSortedDataset`, or `packing.PackedDataset`
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from vlmslice.data.collator import Sample
 from vlmslice.data.scenes import sample_rng
 from vlmslice.data.tasks import TaskSample
 from vlmslice.errors import VlmSliceError
-from vlmslice.processing import PlaceholderError, VlmSliceProcessor
+from vlmslice.processing import VlmSliceProcessor
 
 _NUM_PROBES = 32
 """Samples that are measured again to see whether a cache still fits."""
@@ -48,17 +48,23 @@ def measure_conversation(processor: VlmSliceProcessor, sample: Sample) -> Sample
         LengthError: more or fewer images than places for them; the text begins with the sample's source.
     """
     images = sample.get("images", [])
+    # The tokens of the spatial schema are control tokens: text around them is split alike with one or with all of them.
+    ids = _encode(processor, processor.apply_chat_template(sample["messages"]))
+    num_places = sum(number == processor.image_token_id for number in ids)
+    if len(images) != num_places:
+        raise LengthError(
+            f"{sample.get('source', 'a sample')} has {len(images)} images but {num_places} image placeholders; give it "
+            "one image per placeholder"
+        )
     image_processor = processor.image_processor
     plans = [image_processor.plan(*image_processor.source_size(image)) for image in images]
-    text = [processor.apply_chat_template(sample["messages"])]
-    try:
-        processor.validate_inputs(images=[list(images)] if images else None, text=text)
-    except PlaceholderError as error:
-        raise LengthError(f"{sample.get('source', 'a sample')}: {error}") from error
     spelled = [processor.replace_image_token({"plans": plans}, number) for number in range(len(plans))]
-    text, _ = processor.get_text_with_replacements(text, spelled)
-    ids = processor.tokenizer(text, add_special_tokens=False, sanitize_control_tokens=True)["input_ids"]
-    return SampleSize(len(ids[0]), sum(plan.num_visual_tokens for plan in plans))
+    num_ids = len(ids) + sum(len(_encode(processor, text)) - 1 for text in spelled)
+    return SampleSize(num_ids, sum(plan.num_visual_tokens for plan in plans))
+
+
+def _encode(processor: VlmSliceProcessor, text: str) -> list[int]:
+    return processor.tokenizer(text, add_special_tokens=False, sanitize_control_tokens=True)["input_ids"]
 
 
 def measure_task(processor: VlmSliceProcessor, sample: TaskSample, points: bool = True) -> SampleSize:

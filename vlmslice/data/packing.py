@@ -4,8 +4,8 @@
     row 1   | paragraph .................. | paragraph .................. | count  |
 
 No sample sees another: position ids start at 0 in each, and the model keeps apart what they tell apart (see
-`packed_rows`). Which samples share a row is planned beforehand from their sizes. (Krell et al., 2021, "Efficient sequence
-packing without cross-contamination", https://arxiv.org/abs/2107.02027.)
+`packed_rows`). Which samples share a row is planned beforehand from their sizes. (Krell et al., 2021, "Efficient
+sequence packing without cross-contamination", https://arxiv.org/abs/2107.02027.)
 
 A stage of packed rows, of which `per_device_train_batch_size` counts rows::
 
@@ -19,6 +19,7 @@ A stage of packed rows, of which `per_device_train_batch_size` counts rows::
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -62,7 +63,7 @@ def plan_packs(
     Raises:
         PackingError: a sample is larger than a pack.
     """
-    bounds = (max_length, max_visual_tokens or max(1, sum(size.num_visual_tokens for size in sizes)))
+    bounds = (max_length, math.inf if max_visual_tokens is None else max_visual_tokens)
     for number, size in enumerate(sizes):
         if any(part > bound for part, bound in zip(size, bounds, strict=True)):
             raise PackingError(
@@ -77,7 +78,7 @@ def plan_packs(
     plan = []
     for start in range(0, len(sizes), window):
         packs: list[list[int]] = []
-        room: list[tuple[int, int]] = []
+        room: list[tuple[float, float]] = []
         for number in sorted(range(start, min(start + window, len(sizes))), key=lambda i: (-fill(i), i)):
             num_ids, num_visual_tokens = sizes[number]
             for pack, (ids_left, tokens_left) in enumerate(room):
@@ -230,7 +231,9 @@ class PackingCollator:
             of_views = torch.full_like(of_views, image_processor.tokens_per_view)
         of_images = [views.sum() for views in of_views.split(batch["num_views"].tolist())]
         images = iter(of_images)
-        return torch.stack([sum((next(images) for _ in range(n)), of_views.new_zeros(())) for n in num_images])
+        return torch.stack(
+            [sum((next(images) for _ in range(n)), of_views.new_zeros(())) for n in num_images]
+        )
 
 
 def _restarting_positions(lengths_of_packs: Sequence[torch.Tensor], num_positions: int) -> torch.Tensor:
