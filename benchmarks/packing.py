@@ -47,7 +47,9 @@ TASK = TaskConfig(num_words=(1, 4), max_characters=30, font_px=(12, 30), num_lin
 PIXELS = {"read": (48, 192), "paragraph": (224, 320), "receipt": (420, 200)}
 """Height and width of the pictures."""
 
-SLICING = SlicingConfig(scale_resolution=128, overview_resolution=64, max_slice_nums=12, max_visual_tokens=256)
+SLICING = SlicingConfig(
+    scale_resolution=128, overview_resolution=64, max_slice_nums=12, max_visual_tokens=256
+)
 
 
 def make_samples(num_samples: int) -> list[Sample]:
@@ -129,10 +131,10 @@ def main(
     connector: Annotated[str, typer.Option(help="Connector of the model.")] = "pixel_unshuffle",
     num_samples: Annotated[int, typer.Option(help="Samples of the mixture.")] = 96,
     batch_size: Annotated[int, typer.Option(help="Samples of a batch that is not packed.")] = 8,
-    max_length: Annotated[int, typer.Option(help="Positions of a packed row.")] = 1024,
+    max_length: Annotated[int, typer.Option(help="Positions of a packed row.")] = 512,
     max_visual_tokens: Annotated[int | None, typer.Option(help="Visual tokens of a packed row.")] = None,
     hidden_size: Annotated[int, typer.Option(help="Width of the language model.")] = 256,
-    rounds: Annotated[int, typer.Option(help="How often every way is timed; the fastest counts.")] = 3,
+    rounds: Annotated[int, typer.Option(help="How often every way is timed; the fastest counts.")] = 2,
 ) -> None:
     """Prints useful tokens/s of padded, length-sorted and packed batches of one mixture."""
     processor = build_processor(connector)

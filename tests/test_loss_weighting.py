@@ -117,6 +117,7 @@ torch.save(weights, f"{sys.argv[1]}/weights.pt")
 """
 
 
+@pytest.mark.slow
 def test_a_step_of_packed_rows_on_two_processes_is_that_of_one(separate_step, tmp_path):
     script = tmp_path / "two.py"
     script.write_text(TWO_PROCESSES)

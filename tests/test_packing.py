@@ -4,21 +4,25 @@ Gradients of packed and of separate samples are compared by norm: the largest di
 norm in fp32; the tests allow 1e-5.
 """
 
+import shutil
 from collections import Counter
+from functools import partial
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from safetensors.torch import load_file
 from tiny_models import CONNECTORS, noise_image, tiny_model, tiny_processor
 
 from vlmslice.data.collator import IGNORED, VlmSliceCollator
 from vlmslice.data.fonts import FontLibrary, matplotlib_font_dir
-from vlmslice.data.lengths import LengthError, SampleSize, measure_conversation
+from vlmslice.data.lengths import LengthError, SampleSize, measure_conversation, measure_dataset
 from vlmslice.data.packing import PackedDataset, PackingCollator, PackingError, plan_packs
 from vlmslice.data.task_collator import TaskCollator
 from vlmslice.data.tasks import Curriculum, TaskConfig, TaskDataset
 from vlmslice.loss_weighting import WEIGHTINGS, WeightingCollator
+from vlmslice.training import Stage, run_stage
 
 TOLERANCE = 1e-5
 
@@ -44,6 +48,7 @@ SAMPLES = [
     conversation("Hm?", "!"),
 ]
 PLAN = [[0, 1, 3], [2, 4, 5]]
+PICTURES = [noise_image(60, 60, seed=2), noise_image(64, 128, seed=5)]
 
 
 def packs_of(samples: list[dict], plan: list[list[int]] = PLAN) -> list[list[dict]]:
@@ -211,6 +216,44 @@ def test_dataset_gives_the_samples_of_a_pack():
     packed = PackedDataset(dataset, sizes, max_length=100)
     assert [packed[i] for i in range(len(packed))] == [["a", "c"], ["b", "e", "f"], ["d"]]
     assert packed.fill == 1.0
+
+
+def test_a_stage_of_packed_rows_resumes_bit_exactly(tmp_path):
+    processor = tiny_processor()
+    samples = [conversation(f"{n}?", "x" * (n % 7 + 1), *PICTURES[: n % 3]) for n in range(24)]
+    sizes = measure_dataset(samples, partial(measure_conversation, processor))
+    dataset = PackedDataset(samples, sizes, max_length=128, window=12)
+    assert 4 <= len(dataset) < 12
+
+    def train(run: str, max_steps: int) -> dict[str, torch.Tensor]:
+        stage = Stage(
+            name="packed",
+            model=lambda previous: tiny_model(),
+            dataset=dataset,
+            collator=PackingCollator(
+                WeightingCollator(VlmSliceCollator(processor), "per_sample"), processor, max_length=128
+            ),
+            arguments={
+                "per_device_train_batch_size": 2,
+                "max_steps": max_steps,
+                "save_steps": 2,
+                "learning_rate": 1e-3,
+                "lr_scheduler_type": "constant",
+                "use_cpu": True,
+                "disable_tqdm": True,
+                "report_to": [],
+            },
+            save=lambda model, folder: model.save_pretrained(folder),
+        )
+        return load_file(run_stage(stage, tmp_path / run, None) / "model.safetensors")
+
+    straight = train("straight", 4)
+    halfway = train("resumed", 2)
+    shutil.rmtree(tmp_path / "resumed" / "packed" / "final")
+    resumed = train("resumed", 4)
+    for name, weight in straight.items():
+        assert torch.equal(resumed[name], weight), name
+    assert any(not torch.equal(halfway[name], weight) for name, weight in straight.items())
 
 
 def test_a_sample_longer_than_a_row_is_refused_by_its_number():

@@ -87,5 +87,5 @@ def weighted_loss(logits: torch.Tensor, labels: torch.Tensor, weights: torch.Ten
 def total_weight(batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
     """By what the loss of a batch is divided: the sum of its `loss_weights`, or without them its answer ids."""
     if "loss_weights" in batch:
-        return batch["loss_weights"][:, 1:].sum()
+        return batch["loss_weights"][:, 1:].float().sum()
     return (batch["labels"][:, 1:] != IGNORED).sum()
