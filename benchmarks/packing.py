@@ -1,7 +1,7 @@
 """Useful tokens/s of packed rows against padded batches: forward and backward, one model, one mixture, one run.
 
     python benchmarks/packing.py
-    python benchmarks/packing.py --connector cross_attention --num-samples 128
+    python benchmarks/packing.py --connector cross_attention --hidden-size 128
 
 A useful token is an id of a sample; padding is none. All ways get the same samples, and batches about as many ids.
 Times are of the process on the CPU, so that what else the machine does hardly shows; batches are made beforehand, and
@@ -126,10 +126,10 @@ def time_way(model: Any, batches: Sequence[Any]) -> float:
     return time.process_time() - start
 
 
-@app.command(epilog="Example: python benchmarks/packing.py --connector pixel_unshuffle --num-samples 96")
+@app.command(epilog="Example: python benchmarks/packing.py --connector pixel_unshuffle --num-samples 80")
 def main(
     connector: Annotated[str, typer.Option(help="Connector of the model.")] = "pixel_unshuffle",
-    num_samples: Annotated[int, typer.Option(help="Samples of the mixture.")] = 96,
+    num_samples: Annotated[int, typer.Option(help="Samples of the mixture.")] = 80,
     batch_size: Annotated[int, typer.Option(help="Samples of a batch that is not packed.")] = 8,
     max_length: Annotated[int, typer.Option(help="Positions of a packed row.")] = 512,
     max_visual_tokens: Annotated[int | None, typer.Option(help="Visual tokens of a packed row.")] = None,

@@ -4,9 +4,11 @@ Gradients of packed and of separate samples are compared by norm: the largest di
 norm in fp32; the tests allow 1e-5.
 """
 
+import importlib.util
 import shutil
 from collections import Counter
 from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
@@ -14,6 +16,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 from tiny_models import CONNECTORS, noise_image, tiny_model, tiny_processor
+from typer.testing import CliRunner
 
 from vlmslice.data.collator import IGNORED, VlmSliceCollator
 from vlmslice.data.fonts import FontLibrary, matplotlib_font_dir
@@ -290,3 +293,16 @@ def test_batches_that_cannot_be_packed_are_refused():
 
     with pytest.raises(PackingError, match="not padded on the right"):
         PackingCollator(flipped, processor, 512)([[SAMPLES[0], SAMPLES[5]]])
+
+
+def test_benchmark_prints_all_three_ways():
+    path = Path(__file__).parent.parent / "benchmarks" / "packing.py"
+    spec = importlib.util.spec_from_file_location("packing_benchmark", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    runner = CliRunner()
+    assert "Example: python benchmarks/packing.py" in runner.invoke(module.app, ["--help"]).output
+    options = ["--num-samples", "8", "--batch-size", "4", "--hidden-size", "32", "--rounds", "1"]
+    result = runner.invoke(module.app, options, catch_exceptions=False)
+    for way in ("padded, random order", "padded, length-sorted", "packed"):
+        assert f"| {way} |" in result.output
