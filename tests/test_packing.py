@@ -5,6 +5,7 @@ norm in fp32; the tests allow 1e-5.
 """
 
 import importlib.util
+import json
 import shutil
 from collections import Counter
 from functools import partial
@@ -293,6 +294,17 @@ def test_batches_that_cannot_be_packed_are_refused():
 
     with pytest.raises(PackingError, match="not padded on the right"):
         PackingCollator(flipped, processor, 512)([[SAMPLES[0], SAMPLES[5]]])
+
+
+def test_code_of_the_docs_runs(tmp_path, monkeypatch):
+    messages = [{"role": "user", "content": "2+2?"}, {"role": "assistant", "content": "Four."}]
+    (tmp_path / "train.jsonl").write_text("\n".join(json.dumps({"messages": messages}) for _ in range(3)))
+    monkeypatch.chdir(tmp_path)
+    text = (Path(__file__).parent.parent / "docs" / "packing.md").read_text()
+    names = {"processor": tiny_processor()}
+    exec(text.split("```python\n")[1].split("```")[0], names)
+    batch = names["collator"]([names["dataset"][0]])
+    assert (batch["position_ids"] == 0).sum() == 4  # three samples and the padding
 
 
 def test_benchmark_prints_all_three_ways():
