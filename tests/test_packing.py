@@ -6,6 +6,7 @@ norm in fp32; the tests allow 1e-5.
 
 import importlib.util
 import json
+import runpy
 import shutil
 from collections import Counter
 from functools import partial
@@ -301,8 +302,8 @@ def test_code_of_the_docs_runs(tmp_path, monkeypatch):
     (tmp_path / "train.jsonl").write_text("\n".join(json.dumps({"messages": messages}) for _ in range(3)))
     monkeypatch.chdir(tmp_path)
     text = (Path(__file__).parent.parent / "docs" / "packing.md").read_text()
-    names = {"processor": tiny_processor()}
-    exec(text.split("```python\n")[1].split("```")[0], names)
+    Path("code.py").write_text(text.split("```python\n")[1].split("```")[0])
+    names = runpy.run_path("code.py", {"processor": tiny_processor()})
     batch = names["collator"]([names["dataset"][0]])
     assert (batch["position_ids"] == 0).sum() == 4  # three samples and the padding
 
