@@ -7,7 +7,7 @@ With samples s of a step, n_s answer ids in sample s, and the surprise l_si = -l
     per_token     w(n) = 1            every id counts the same: a long answer counts by its length
     per_sample    w(n) = 1 / n        every sample counts the same: an id of a long answer counts little
     square_root   w(n) = 1 / sqrt(n)  in between: a sample counts sqrt(n); InternVL 2.5's "square averaging"
-                                      (Chen et al., 2024, https://arxiv.org/abs/2412.05271, section 3.3)
+                                      (Chen et al., 2024, https://arxiv.org/abs/2412.05271)
 
 An answer of 4 ids beside one of 100 counts 1 : 25, 1 : 1 and 1 : 5. The sums go over a whole optimizer step, all its
 accumulated batches and all processes, so it does not matter which samples share a row, a batch or a process.
