@@ -40,6 +40,7 @@ class VisualMemory(NamedTuple):
             slice); beyond all places for padding and for the last.
         order: in which the heads of first fit go through the tokens; None if there are none.
         fitting: keys and values `[B, N, K]` of these heads, by the number of the looking layer.
+        samples: of packed rows, `int64[B, M + 1]`: the sample of its row that each token belongs to.
     """
 
     keys: tuple[torch.Tensor, ...]
@@ -48,6 +49,14 @@ class VisualMemory(NamedTuple):
     places: torch.Tensor
     order: PointingOrder | None = None
     fitting: Mapping[int, tuple[torch.Tensor, torch.Tensor]] | None = None
+    samples: torch.Tensor | None = None
+
+    def of_samples(self, samples_BL: torch.Tensor) -> VisualMemory:
+        """The same, masked at each position for the tokens of other samples than its own."""
+        assert self.samples is not None
+        is_own_BLM = self.samples[:, None] == samples_BL[:, :, None]
+        is_own_BLM[..., -1] = True  # the place where nothing is
+        return self._replace(mask=self.mask & is_own_BLM[:, None])
 
     def without_passed(self, points_BL3: torch.Tensor) -> VisualMemory:
         """The same, masked in even heads for what does not lie ahead of the last point; rows and columns in blocks."""
@@ -177,13 +186,17 @@ class CrossAttentionLayers(nn.Module):
         tokens_of_samples: Sequence[torch.Tensor],
         places_of_samples: Sequence[torch.Tensor],
         can_point_of_samples: Sequence[torch.Tensor],
+        samples_of_rows: Sequence[torch.Tensor] | None = None,
     ) -> VisualMemory:
         """Keys and values of the visual tokens of each sample, `[tokens, E]`; a sample may have none.
+
+        Of packed rows, all tokens of a row are given as those of one sample, with `samples_of_rows`.
 
         Args:
             tokens_of_samples: the tokens.
             places_of_samples: row and column of each token on the canvas, in patches, `[tokens, 2]`.
             can_point_of_samples: `bool[tokens]`, False for those of an overview.
+            samples_of_rows: `int64[tokens]`, which sample of its row each token belongs to.
         """
         lengths = torch.tensor([len(tokens) for tokens in tokens_of_samples])
         tokens_BME = nn.utils.rnn.pad_sequence(list(tokens_of_samples), batch_first=True)
@@ -198,6 +211,9 @@ class CrossAttentionLayers(nn.Module):
             padding_value=BEYOND,
         )
         memory = VisualMemory(keys, values, mask, F.pad(places, (0, 0, 0, 1), value=BEYOND))
+        if samples_of_rows is not None:
+            samples = nn.utils.rnn.pad_sequence(list(samples_of_rows), batch_first=True, padding_value=-1)
+            memory = memory._replace(samples=F.pad(samples, (0, 1), value=-1))
         if not self.first_fit:
             return memory
         can_point = nn.utils.rnn.pad_sequence(list(can_point_of_samples), batch_first=True)
@@ -213,6 +229,7 @@ class CrossAttentionLayers(nn.Module):
         memory: VisualMemory | None,
         points_BL3: torch.Tensor | None = None,
         with_weights: bool = False,
+        samples_BL: torch.Tensor | None = None,
     ) -> None:
         """Sets what the layers look at from now on: nothing, with None.
 
@@ -224,12 +241,18 @@ class CrossAttentionLayers(nn.Module):
             memory: what `remember` gave.
             points_BL3: see `pointing.last_points`; None where the ids to come have none.
             with_weights: keep the attention weights.
+            samples_BL: see `packed_rows`; a position then sees the tokens of its own sample only.
         """
         self._candidates = None
         if points_BL3 is not None:
             points_BL3 = points_BL3.div(self._merge_size, rounding_mode="floor")
         if memory is not None and memory.order is not None:
             self._candidates = memory.order.candidates(points_BL3)
+            if samples_BL is not None and memory.samples is not None:
+                samples_BN = memory.samples.gather(1, memory.order.tokens)
+                self._candidates = self._candidates & (samples_BN[:, None] == samples_BL[:, :, None])
+        if memory is not None and samples_BL is not None:
+            memory = memory.of_samples(samples_BL)
         if memory is not None and points_BL3 is not None:
             memory = memory.without_passed(points_BL3)
         self._memory, self._with_weights, self.weights, self.found = memory, with_weights, [], []

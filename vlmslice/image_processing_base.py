@@ -12,7 +12,7 @@ from transformers.image_processing_utils import BaseImageProcessor
 from transformers.image_utils import ChannelDimension, PILImageResampling, validate_preprocess_arguments
 from transformers.processing_utils import ImagesKwargs
 
-from vlmslice.image_loading import ImageError, ImageSourceError, image_from_array, load_image
+from vlmslice.image_loading import ImageError, ImageSourceError, image_from_array, load_image, read_image_size
 from vlmslice.slicing import SlicePlan, SlicingConfig, View, plan_slices
 from vlmslice.view_packing import pack_views
 
@@ -95,6 +95,13 @@ class SlicingImageProcessor(BaseImageProcessor):
             **overrides: Fields of `SlicingConfig` to use instead of this processor's.
         """
         return plan_slices(height, width, replace(self.slicing_config, **overrides))
+
+    def source_size(self, image: Any) -> tuple[int, int]:
+        """(height, width) that `plan` takes of an image source, array or tensor; of a file the header is read only."""
+        if isinstance(image, (np.ndarray, torch.Tensor)):
+            width, height = self._to_rgb_image(image, None).size
+            return height, width
+        return read_image_size(image)
 
     def fetch_images(self, images: Any, position: str = "images") -> Any:
         """Loads every image source in a nested list; arrays and tensors stay as they are.

@@ -27,6 +27,8 @@ from vlmslice.connectors import (
 from vlmslice.cross_attention import CrossAttentionLayers, GatedCrossAttention, VisualMemory
 from vlmslice.dense_reader import DenseHead, dense_loss
 from vlmslice.first_fit import FirstFit, first_fit_loss
+from vlmslice.loss_weighting import weighted_loss
+from vlmslice.packed_rows import find_samples
 from vlmslice.pointing import last_points
 from vlmslice.position_embedding import sincos_2d
 from vlmslice.spatial_schema import LOCATION_TOKENS
@@ -220,15 +222,19 @@ class VlmSliceForConditionalGeneration(VlmSlicePreTrainedModel, GenerationMixin)
         grids_V2 = target_sizes.new_tensor(query_grid(num_queries)).expand_as(target_sizes)
         return patch_coordinates(grids_V2, num_queries)[0], grids_V2
 
-    def get_placeholder_mask(self, input_ids: torch.Tensor, tokens_per_image: list[int]) -> torch.Tensor:
+    def get_placeholder_mask(
+        self, input_ids: torch.Tensor, tokens_per_image: list[int], samples: torch.Tensor | None = None
+    ) -> torch.Tensor:
         """True at the placeholders, after checking every sample's count against its images.
+
+        `samples` of packed rows, see `packed_rows`: each is checked by itself.
 
         Raises:
             ValueError: the placeholders of some sample are not those of a whole number of images in order; a sum over
                 the batch would miss two samples whose counts are swapped.
         """
         mask = input_ids == self.config.image_token_id
-        _images_per_sample(mask.sum(dim=1).tolist(), tokens_per_image)
+        _images_per_sample(_count_per_sample(mask, samples), tokens_per_image)
         return mask
 
     def forward(
@@ -247,6 +253,7 @@ class VlmSliceForConditionalGeneration(VlmSlicePreTrainedModel, GenerationMixin)
         logits_to_keep: int | torch.Tensor = 0,
         visual_memory: VisualMemory | None = None,
         last_points: torch.LongTensor | None = None,
+        loss_weights: torch.Tensor | None = None,
         **kwargs,
     ) -> VlmSliceOutput:
         """Runs the model on token ids and the views of their images; see `get_image_features` for the shapes.
@@ -254,9 +261,11 @@ class VlmSliceForConditionalGeneration(VlmSlicePreTrainedModel, GenerationMixin)
         `visual_memory` and `last_points` (see `pointing`) belong to ids that go on from a cache; those of whole
         sequences are found from the images and ids.
 
-        With `labels` the language loss is returned; with `label_NAME` arguments (cells, see `data.dense`) and a dense
-        head the dense loss is added to it, and with `guide_entries` and `guide_shares` (see `attention_guide`) the
-        guide loss.
+        Where `position_ids` start again within a row, it holds several samples; see `packed_rows`.
+
+        With `labels` the language loss is returned, weighted by `loss_weights` (see `loss_weighting`) if given; with
+        `label_NAME` arguments (cells, see `data.dense`) and a dense head the dense loss is added to it, and with
+        `guide_entries` and `guide_shares` (see `attention_guide`) the guide loss.
         """
         dense_labels = {
             k.removeprefix("label_"): kwargs.pop(k) for k in list(kwargs) if k.startswith("label_")
@@ -265,6 +274,9 @@ class VlmSliceForConditionalGeneration(VlmSlicePreTrainedModel, GenerationMixin)
         is_guided = bool(self.config.guide_loss_weight) and guide[0] is not None
         if is_guided and self.cross_attention is None:
             kwargs["output_attentions"] = True
+        samples = find_samples(position_ids, attention_mask, past_key_values, use_cache, self.language_model)
+        if samples is not None:
+            use_cache = False
         image_outputs = None
         if inputs_embeds is None:
             inputs_embeds = self.get_input_embeddings()(input_ids)
@@ -276,15 +288,19 @@ class VlmSliceForConditionalGeneration(VlmSlicePreTrainedModel, GenerationMixin)
                 )
             image_outputs = self.get_image_features(pixel_values, target_sizes, canvas_boxes, num_views)
             if self.cross_attention is None:
-                mask = self.get_placeholder_mask(input_ids, [len(t) for t in image_outputs.pooler_output])
+                mask = self.get_placeholder_mask(
+                    input_ids, [len(t) for t in image_outputs.pooler_output], samples
+                )
                 tokens = torch.cat(image_outputs.pooler_output).to(inputs_embeds.dtype)
                 inputs_embeds = inputs_embeds.masked_scatter(mask.unsqueeze(-1), tokens)
             else:
-                inputs_embeds, visual_memory = self._remember(input_ids, inputs_embeds, image_outputs)
+                inputs_embeds, visual_memory = self._remember(
+                    input_ids, inputs_embeds, image_outputs, samples
+                )
         if self.cross_attention is not None:
             if last_points is None and input_ids is not None:
-                last_points = self._last_points(input_ids)
-            self.cross_attention.look_at(visual_memory, last_points, with_weights=is_guided)
+                last_points = self._last_points(input_ids, samples)
+            self.cross_attention.look_at(visual_memory, last_points, is_guided, samples)
         outputs = self.language_model(
             inputs_embeds=inputs_embeds,
             attention_mask=attention_mask,
@@ -296,9 +312,15 @@ class VlmSliceForConditionalGeneration(VlmSlicePreTrainedModel, GenerationMixin)
         )
         loss, auxiliary_loss, metrics = None, None, None
         if labels is not None:
-            loss = self.loss_function(
-                logits=outputs.logits, labels=labels, vocab_size=self.config.text_config.vocab_size, **kwargs
-            )
+            if loss_weights is not None:
+                loss = weighted_loss(outputs.logits, labels, loss_weights)
+            else:
+                loss = self.loss_function(
+                    logits=outputs.logits,
+                    labels=labels,
+                    vocab_size=self.config.text_config.vocab_size,
+                    **kwargs,
+                )
             metrics = {"language_loss": loss.detach()}
             auxiliary = []
             if self.dense_head is not None and dense_labels and image_outputs is not None:
@@ -348,13 +370,19 @@ class VlmSliceForConditionalGeneration(VlmSlicePreTrainedModel, GenerationMixin)
         chosen = (heads == 0) & to_point
         return first_fit_loss(self.cross_attention.found, memory.order, entries[chosen][:, [0, 2, 3]])
 
-    def _last_points(self, input_ids: torch.Tensor) -> torch.Tensor | None:
+    def _last_points(
+        self, input_ids: torch.Tensor, samples: torch.Tensor | None = None
+    ) -> torch.Tensor | None:
         if self.cross_attention is None or self.config.location_token_id is None:
             return None
-        return last_points(input_ids, self.config.location_token_id)
+        return last_points(input_ids, self.config.location_token_id, samples)
 
     def _remember(
-        self, input_ids: torch.Tensor, inputs_embeds: torch.Tensor, features: ImageFeatures
+        self,
+        input_ids: torch.Tensor,
+        inputs_embeds: torch.Tensor,
+        features: ImageFeatures,
+        samples: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, VisualMemory]:
         """What the samples' layers look at; images and their placeholders are numbered within each sample."""
         assert self.cross_attention is not None
@@ -369,10 +397,11 @@ class VlmSliceForConditionalGeneration(VlmSlicePreTrainedModel, GenerationMixin)
                 "for each, as this model looks at visual tokens beside the prompt; build them with a VlmSliceProcessor "
                 "of one_placeholder=True"
             )
-        mask = self.get_placeholder_mask(input_ids, [1] * len(tokens_of_images))
+        mask = self.get_placeholder_mask(input_ids, [1] * len(tokens_of_images), samples)
         counts = mask.sum(dim=1).tolist()
-        numbers = self.cross_attention.number_images(max(counts), inputs_embeds)
-        numbers_of_images = torch.cat([numbers[:count] for count in counts])
+        counts_of_samples = _count_per_sample(mask, samples)
+        numbers = self.cross_attention.number_images(max(counts_of_samples), inputs_embeds)
+        numbers_of_images = torch.cat([numbers[:count] for count in counts_of_samples])
         inputs_embeds = inputs_embeds.masked_scatter(mask.unsqueeze(-1), numbers_of_images)
         numbered = iter(
             tokens + number for tokens, number in zip(tokens_of_images, numbers_of_images, strict=True)
@@ -385,7 +414,17 @@ class VlmSliceForConditionalGeneration(VlmSlicePreTrainedModel, GenerationMixin)
                 (iter(features.can_point), features.can_point[0][:0]),
             )
         )
-        return inputs_embeds, self.cross_attention.remember(tokens, places, can_point)
+        samples_of_rows = None
+        if samples is not None:
+            samples_of_tokens = iter(
+                sample.expand(len(tokens))
+                for sample, tokens in zip(samples[mask], tokens_of_images, strict=True)
+            )
+            samples_of_rows = [
+                torch.cat([samples[0, :0], *(next(samples_of_tokens) for _ in range(count))])
+                for count in counts
+            ]
+        return inputs_embeds, self.cross_attention.remember(tokens, places, can_point, samples_of_rows)
 
     def _expand_inputs_for_generation(
         self,
@@ -486,6 +525,15 @@ def place_on_canvas(
     fractions_VQ2 = (cells_VQ2 + 0.5) / cell_grids_V2[:, None]
     origin_V12, end_V12 = canvas_boxes[:, None, :2], canvas_boxes[:, None, 2:]
     return origin_V12 + fractions_VQ2 * (end_V12 - origin_V12)
+
+
+def _count_per_sample(mask: torch.Tensor, samples: torch.Tensor | None) -> list[int]:
+    """How often `mask`, `bool[B, L]`, is True in each sample: in each row, or in each of its packed samples."""
+    if samples is None:
+        return mask.sum(dim=1).tolist()
+    counts = mask.new_zeros(len(mask), int(samples.max()) + 1, dtype=torch.int64)
+    counts.scatter_add_(1, samples, mask.long())
+    return counts.flatten().tolist()
 
 
 def _images_per_sample(num_placeholders: list[int], tokens_per_image: list[int]) -> list[int]:

@@ -13,12 +13,15 @@ NOWHERE = -1
 """Row and column where there was no point yet."""
 
 
-def last_points(input_ids: torch.Tensor, first_location_id: int) -> torch.Tensor | None:
+def last_points(
+    input_ids: torch.Tensor, first_location_id: int, samples: torch.Tensor | None = None
+) -> torch.Tensor | None:
     """The point last completed at or before each id, within an unbroken run of location tokens.
 
     Args:
         input_ids: `int64[B, L]`.
         first_location_id: id of the first of `LOCATION_TOKENS`; the others follow it.
+        samples: `int64[B, L]`, see `packed_rows`; no run goes on in the next sample of a row.
 
     Returns:
         `int64[B, L, 3]`: its row and column, and the row of the next point if only that is told yet; `NOWHERE` at ids
@@ -32,7 +35,11 @@ def last_points(input_ids: torch.Tensor, first_location_id: int) -> torch.Tensor
     if not is_location_BL.any():
         return None
     count_BL = is_location_BL.cumsum(dim=1)
-    before_run_BL = count_BL.masked_fill(is_location_BL, 0).cummax(dim=1).values
+    before_run_BL = count_BL.masked_fill(is_location_BL, 0)
+    if samples is not None:
+        begins_BL = samples.diff(prepend=samples[:, :1] - 1) != 0
+        before_run_BL = before_run_BL.where(~begins_BL, count_BL - is_location_BL.long())
+    before_run_BL = before_run_BL.cummax(dim=1).values
     length_BL = (count_BL - before_run_BL) * is_location_BL  # of the run so far
     has_point_BL = length_BL >= 2
     column_BL = torch.arange(input_ids.shape[1], device=input_ids.device) - length_BL % 2

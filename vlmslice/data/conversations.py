@@ -99,14 +99,23 @@ class ConversationDataset(Sequence[Sample]):
     def __len__(self) -> int:
         return len(self._places) if self._records is None else len(self._records)
 
-    def __getitem__(self, index: int) -> Sample:  # type: ignore[override]  # no slices
+    def without_pixels(self) -> Sequence[Sample]:
+        """The same samples with the paths of their images in place of the images; for `lengths.measure_dataset`."""
+        return _Outlines(self)
+
+    def outline(self, index: int) -> Sample:
+        """A sample with the paths of its images in place of the images."""
         line, source = self._read(index)
         messages, paths = parse_conversation(line, source)
+        return Sample(messages=messages, images=[self.image_root / path for path in paths], source=source)
+
+    def __getitem__(self, index: int) -> Sample:  # type: ignore[override]  # no slices
+        sample = self.outline(index)
         try:
-            images = [load_image(self.image_root / path, limits=self.limits) for path in paths]
+            sample["images"] = [load_image(path, limits=self.limits) for path in sample["images"]]
         except ImageError as error:
-            raise ConversationError(f"{source}: {error}") from error
-        return Sample(messages=messages, images=images, source=source)
+            raise ConversationError(f"{sample['source']}: {error}") from error
+        return sample
 
     def _read(self, index: int) -> tuple[bytes, str]:
         """A record and where it comes from."""
@@ -116,6 +125,17 @@ class ConversationDataset(Sequence[Sample]):
         with self.path.open("rb") as file:
             file.seek(offset)
             return file.readline(), f"{self.path}:{number}"
+
+
+class _Outlines(Sequence[Sample]):
+    def __init__(self, dataset: ConversationDataset):
+        self._dataset = dataset
+
+    def __len__(self) -> int:
+        return len(self._dataset)
+
+    def __getitem__(self, index: int) -> Sample:  # type: ignore[override]  # no slices
+        return self._dataset.outline(index)
 
 
 def parse_conversation(line: str | bytes, source: str) -> tuple[list[dict[str, Any]], list[str]]:

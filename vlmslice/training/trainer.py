@@ -8,10 +8,11 @@ import os
 import time
 from pathlib import Path
 
+import torch
 from accelerate.utils import gather_object
 from transformers import Trainer
 
-from vlmslice.data.collator import IGNORED
+from vlmslice.loss_weighting import total_weight
 from vlmslice.training.checkpoints import MANIFEST, commit, complete_checkpoints, discard, seal_checkpoint
 from vlmslice.training.optimizer import MuonAdamW, find_matrices
 from vlmslice.training.stage import TrainingError
@@ -38,8 +39,16 @@ class StageTrainer(Trainer):
         self._last_log: tuple[float, int] | None = None
         self._writing_aside = False
 
+    def get_batch_samples(self, epoch_iterator, num_batches, device):
+        """As the Trainer's, which counts answer ids; batches with `loss_weights` have these added up instead."""
+        batches, num_items = super().get_batch_samples(epoch_iterator, num_batches, device)
+        if num_items is not None and "loss_weights" in batches[0]:
+            total = torch.stack([total_weight(batch) for batch in batches]).sum().to(device)
+            num_items = self.accelerator.gather(total).sum()
+        return batches, num_items
+
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        """The loss, weighted so that every answer id of a step counts the same.
+        """The loss, weighted so that every answer id of a step counts the same, or by its `loss_weights`.
 
         A model gives the mean over its own batch. With 10 answer ids here and 30 in the other process, the mean of
         the two means would give an id here three times the weight of one there.
@@ -52,7 +61,7 @@ class StageTrainer(Trainer):
                 self._counts[name] = self._counts.get(name, 0) + 1
         loss = outputs["loss"]
         if num_items_in_batch is not None:
-            num_items = (inputs["labels"][:, 1:] != IGNORED).sum()
+            num_items = total_weight(inputs)
             # Gradients are averaged over the processes afterwards, and summed over the accumulated batches.
             share = num_items / num_items_in_batch * self.accelerator.num_processes
             auxiliary_loss = outputs.get("auxiliary_loss")
