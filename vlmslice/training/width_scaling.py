@@ -186,7 +186,8 @@ def learning_rate_factors(
     # Where one name begins another, the first that fits counts: the longer one must come first.
     names = sorted((name for name, factor in factors.items() if factor != 1), key=len, reverse=True)
     return {
-        name: factors[name] * next((f for prefix, f in learning_rates.items() if name.startswith(prefix)), 1.0)
+        name: factors[name]
+        * next((f for prefix, f in learning_rates.items() if name.startswith(prefix)), 1.0)
         for name in names
     } | learning_rates
 
@@ -195,9 +196,7 @@ def _rms(x: torch.Tensor) -> float:
     return float(x.double().square().mean().sqrt())
 
 
-def _matrices(
-    model: nn.Module, base: nn.Module
-) -> Iterator[tuple[str, nn.Parameter, tuple[float, float]]]:
+def _matrices(model: nn.Module, base: nn.Module) -> Iterator[tuple[str, nn.Parameter, tuple[float, float]]]:
     """Name, weight and growth of inputs and outputs of every matrix and embedding; the rest are vectors."""
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     base_shapes = {name: parameter.shape for name, parameter in base.named_parameters()}
