@@ -183,12 +183,15 @@ def learning_rate_factors(
             factors[name] = math.sqrt(out_ratio / in_ratio / longest)
     for norm_name, norm, ratio in _norms_before_tied_heads(model, base):
         factors |= {f"{norm_name}.{local_name}": 1 / ratio for local_name, _ in norm.named_parameters()}
-    # Where one name begins another, the first that fits counts: the longer one must come first.
-    names = sorted((name for name, factor in factors.items() if factor != 1), key=len, reverse=True)
+    # `Stage` matches beginnings of names, the first that fits: a name comes before those that it begins with.
+    scaled = [name for name, factor in factors.items() if factor != 1]
+    shadowed = [
+        name for name, _ in model.named_parameters() if name not in scaled and name.startswith(tuple(scaled))
+    ]
     return {
-        name: factors[name]
+        name: factors.get(name, 1.0)
         * next((f for prefix, f in learning_rates.items() if name.startswith(prefix)), 1.0)
-        for name in names
+        for name in sorted([*scaled, *shadowed], key=len, reverse=True)
     } | learning_rates
 
 
