@@ -187,8 +187,8 @@ def main(
     output_dir: Annotated[Path, typer.Option(help="Folder of runs and results.")] = Path("runs/schedules"),
     steps: Annotated[int, typer.Option(help="Optimizer steps of each run; a multiple of 20.")] = 400,
     seeds: Annotated[int, typer.Option(help="Number of seeds of the weights.")] = 2,
-    lowest: Annotated[int, typer.Option(help="Lowest peak rate, as a power of two.")] = -8,
-    highest: Annotated[int, typer.Option(help="Highest peak rate, as a power of two.")] = -6,
+    lowest: Annotated[int, typer.Option(help="Lowest peak rate, as a power of two.")] = -9,
+    highest: Annotated[int, typer.Option(help="Highest peak rate, as a power of two.")] = -7,
 ) -> None:
     """Trains what is missing, prints two tables, and writes JSON and plot."""
     if steps % 20:

@@ -413,14 +413,20 @@ def test_tied_heads_need_a_fresh_norm_that_multiplies() -> None:
     ):
         scale_width(model, base)
 
-    class Bare(nn.Module):
-        def __init__(self, width: int):
-            super().__init__()
-            self.embedding, self.head = nn.Embedding(5, width), nn.Linear(width, 5, bias=False)
-            self.head.weight = self.embedding.weight
+    class HeadFirst(nn.Module):
+        """A head before its embedding, so that the shared weight has the name of the head."""
 
+        def __init__(self, width: int, has_norm: bool):
+            super().__init__()
+            self.head = nn.Linear(width, 5, bias=False)
+            self.model = nn.ModuleDict({"embedding": nn.Embedding(5, width)})
+            self.model["embedding"].weight = self.head.weight
+            if has_norm:
+                self.model["norm"] = nn.RMSNorm(width)
+
+    assert learning_rate_factors(HeadFirst(8, True), HeadFirst(4, True)) == {"model.norm.weight": 0.5}
     with pytest.raises(WidthScalingError, match="'head' shares its weight.*no 'model.norm'.*untie"):
-        learning_rate_factors(Bare(8), Bare(4))
+        learning_rate_factors(HeadFirst(8, False), HeadFirst(4, False))
 
 
 @pytest.mark.slow
