@@ -208,9 +208,7 @@ def run_cell(
 def plot(results: dict[str, Any], path: Path) -> None:
     """Loss against rate, a curve for each width: a row for each objective, left without muP and right with it."""
     losses = results["losses"]
-    figure, grid = plt.subplots(
-        len(losses), 2, figsize=(8, 3.1 * len(losses)), sharex=True, sharey="row", squeeze=False
-    )
+    figure, grid = plt.subplots(len(losses), 2, figsize=(8, 3.1 * len(losses)), sharey="row", squeeze=False)
     for row, (objective, by_rule) in zip(grid, losses.items(), strict=True):
         lowest = min(min(curve.values()) for by_width in by_rule.values() for curve in by_width.values())
         for axes, rule in zip(row, RULES, strict=True):
@@ -275,15 +273,13 @@ def main(
                     f" best {best}",
                     flush=True,
                 )
-    all_steps = {name: steps or OBJECTIVES[name].num_steps for name in objectives}
-    results = {
-        "steps": all_steps,
-        "seeds": seeds,
-        "batch_size": BATCH_SIZE,
-        "base_width": BASE_WIDTH,
-        "losses": losses,
-    }
-    (output_dir / "width_scaling.json").write_text(json.dumps(results, indent=1))
+    path = output_dir / "width_scaling.json"
+    # Objectives of earlier calls stay in the file and in the plot.
+    results = json.loads(path.read_text()) if path.exists() else {"losses": {}, "steps": {}}
+    results["losses"] |= losses
+    results["steps"] |= {name: steps or OBJECTIVES[name].num_steps for name in objectives}
+    results |= {"seeds": seeds, "batch_size": BATCH_SIZE, "base_width": BASE_WIDTH}
+    path.write_text(json.dumps(results, indent=1))
     plot(results, output_dir / "width_scaling.png")
 
 
