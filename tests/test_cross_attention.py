@@ -54,7 +54,6 @@ class TestStart:
         model = build(text={"num_hidden_layers": 5}, cross_attention_interval=2)
         assert list(model.cross_attention.chosen) == [1, 3] and len(model.cross_attention.layers) == 2
 
-
     def test_heads_of_first_fit_add_nothing_either(self):
         options = {"cross_attention_gate": 0.0, "location_token_id": 100}
         without, batch = build(**options), inputs()

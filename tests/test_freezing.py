@@ -40,7 +40,9 @@ def test_sizes():
     assert sum(size.num_parameters for size in sizes.values()) == model.num_parameters()
     assert sum(size.num_trained for size in sizes.values()) == model.num_parameters(only_trainable=True)
     block = sum(p.numel() for p in model.vision_encoder.vit.blocks[0].parameters())
-    assert sizes["vision_encoder"] == PartSize(block, sum(p.numel() for p in model.vision_encoder.parameters()))
+    assert sizes["vision_encoder"] == PartSize(
+        block, sum(p.numel() for p in model.vision_encoder.parameters())
+    )
 
 
 def test_tied_embeddings_count_once_and_freeze_with_either():

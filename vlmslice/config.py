@@ -87,8 +87,8 @@ class VlmSliceConfig(PreTrainedConfig):
             )
         if self.visual_expert_interval and self.connector == "cross_attention":
             raise ValueError(
-                f"visual_expert_interval is {self.visual_expert_interval} with connector 'cross_attention', whose visual "
-                "tokens do not stand in the prompt; set it to 0, or choose another connector"
+                f"visual_expert_interval is {self.visual_expert_interval} with connector 'cross_attention', whose "
+                "visual tokens do not stand in the prompt; set it to 0, or choose another connector"
             )
 
     @property
