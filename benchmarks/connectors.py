@@ -1,7 +1,7 @@
 """Compares ways to bring pictures to a language model: tiny models, the same data, steps or FLOPs, and seed.
 
-    python benchmarks/connectors.py --steps 300
-    python benchmarks/connectors.py --steps 300 --language frozen
+    python benchmarks/connectors.py --steps 500
+    python benchmarks/connectors.py --steps 500 --language frozen
 
 A byte-level language model first learns to count in texts ("red ring, blue star. How many shapes are there?"). Each
 candidate then gets a copy of it and an encoder that knows nothing, and learns to count shapes in pictures
@@ -312,7 +312,7 @@ def run_candidate(
 
 
 def main(
-    steps: Annotated[int, typer.Option(help="Optimizer steps of each candidate.")] = 300,
+    steps: Annotated[int, typer.Option(help="Optimizer steps of each candidate.")] = 500,
     equal: Annotated[
         Equal, typer.Option(help="Whether all take as many steps, or as many FLOPs as the first in them.")
     ] = Equal.steps,
@@ -327,7 +327,7 @@ def main(
     dense_weight: Annotated[
         float, typer.Option(help="Weight of the loss by which the encoder learns what lies where.")
     ] = 1.0,
-    language_steps: Annotated[int, typer.Option(help="Steps in which the language model learns.")] = 300,
+    language_steps: Annotated[int, typer.Option(help="Steps in which the language model learns.")] = 200,
     num_samples: Annotated[int, typer.Option(help="Distinct pictures; more steps go round again.")] = 2048,
     num_held_out: Annotated[int, typer.Option(help="Pictures of the evaluation.")] = 256,
     batch_size: int = 16,

@@ -54,8 +54,13 @@ def test_tied_embeddings_count_once_and_freeze_with_either():
 
 
 def test_line():
-    sizes = {"connector": PartSize(1_250_000, 1_250_000), "language_model": PartSize(0, 134_500_000)}
-    assert format_parts(sizes) == "connector 1.25M of 1.25M, language_model 0 of 134.50M"
+    sizes = {
+        "canvas_position": PartSize(9_999, 9_999),
+        "connector": PartSize(250_400, 250_400),
+        "language_model": PartSize(0, 134_500_000),
+    }
+    expected = "canvas_position 9999 of 9999, connector 250k of 250k, language_model 0 of 134.5M"
+    assert format_parts(sizes) == expected
 
 
 @pytest.mark.parametrize(

@@ -71,15 +71,16 @@ def measure_parts(model: nn.Module) -> dict[str, PartSize]:
 
 
 def format_parts(sizes: Mapping[str, PartSize]) -> str:
-    """One line on what trains: `connector 0.20M of 0.20M, language_model 0 of 1.30M`."""
+    """One line on what trains: `connector 200k of 200k, language_model 0 of 1.3M`."""
     return ", ".join(
-        f"{name} {_millions(size.num_trained)} of {_millions(size.num_parameters)}"
-        for name, size in sizes.items()
+        f"{name} {_short(size.num_trained)} of {_short(size.num_parameters)}" for name, size in sizes.items()
     )
 
 
-def _millions(number: int) -> str:
-    return f"{number / 1e6:.2f}M" if number else "0"
+def _short(number: int) -> str:
+    if number < 10_000:
+        return str(number)
+    return f"{number / 1e3:.0f}k" if number < 1e6 else f"{number / 1e6:.1f}M"
 
 
 def _find_part(model: nn.Module, name: str) -> nn.Module:
