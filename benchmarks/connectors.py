@@ -49,7 +49,7 @@ from vlmslice.training.freezing import freeze
 from vlmslice.vision_encoder import VlmSliceVisionConfig
 
 WIDTH = 64
-# Pictures of 50 to 64 px a side are one view of at most 4 x 4 patches, and each patch is a visual token.
+# Pictures of 50 to 69 px a side are one view of some 4 x 4 patches, and each patch is a visual token.
 SLICING = SlicingConfig(scale_resolution=64, merge_size=1, max_slice_nums=4, max_visual_tokens=80)
 TASK = TaskConfig(megapixels=(0.003, 0.004), max_aspect=1.2)
 TOKENS_PER_VIEW = 16  # of the resampler: as many as a picture has patches
