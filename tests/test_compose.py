@@ -590,6 +590,40 @@ def test_first_training_step(language_folder, draw_image, connector, tokens_per_
         assert any(g.abs().max() > 0 for g in gradients)
 
 
+@pytest.mark.parametrize(
+    "options",
+    [{"connector": "cross_attention", "cross_attention_interval": 1}, {"visual_expert_interval": 1}],
+    ids=["gates", "expert"],
+)
+def test_what_is_put_into_a_language_model_changes_nothing_at_first(options, language_folder, tmp_path):
+    """Neither a text, nor a prompt of whose image it is told what stands at the placeholders."""
+    language = LlamaForCausalLM.from_pretrained(language_folder).eval()
+    compose(ARCHITECTURE, str(language_folder), tmp_path / "model", **SLICING, **options)
+    model = AutoModelForImageTextToText.from_pretrained(tmp_path / "model").eval()
+    processor = AutoProcessor.from_pretrained(tmp_path / "model")
+    text = torch.arange(language.config.vocab_size)[None]
+    image = Image.effect_noise((150, 90), 80).convert("RGB")
+    content = [{"type": "image", "image": image}, {"type": "text", "text": "the total"}]
+    prompt = processor.apply_chat_template(
+        [{"role": "user", "content": content}], tokenize=True, return_dict=True
+    )
+    entered = {}
+    model.language_model.register_forward_pre_hook(
+        lambda module, args, kwargs: entered.update(embeds=kwargs["inputs_embeds"]), with_kwargs=True
+    )
+    with torch.no_grad():
+        expected = language(text).logits
+        got = model(text).logits[..., : text.shape[1]]
+        torch.testing.assert_close(got, expected, atol=1e-6, rtol=0)
+        got = model(**prompt).logits
+        # The tokens of the schema have rows in the composed model only.
+        language.resize_token_embeddings(len(processor.tokenizer), mean_resizing=False)
+        language.load_state_dict(model.language_model.state_dict())
+        expected = language(inputs_embeds=entered["embeds"]).logits
+        torch.testing.assert_close(got, expected, atol=1e-6, rtol=0)
+    assert expected.std() > 0.05
+
+
 def test_same_seed_same_model(language_folder):
     first, again, other = (
         compose(ARCHITECTURE, str(language_folder), seed=seed, **SLICING).model.state_dict()
@@ -635,9 +669,10 @@ def test_command(vit_file, language_folder, tmp_path):
     failed = CliRunner().invoke(app, arguments)
     assert failed.exit_code == 2
     assert "does not say which ViT" in failed.output
-    done = CliRunner().invoke(app, [*arguments, "--vision-architecture", ARCHITECTURE])
+    arguments += ["--vision-architecture", ARCHITECTURE, "--visual-expert-interval", "2"]
+    done = CliRunner().invoke(app, arguments)
     assert done.exit_code == 0, done.output
-    assert "parameters" in done.output
+    assert "parameters" in done.output and "visual expert 0.0M" in done.output
     assert (tmp_path / "m" / "model.safetensors").exists()
 
 

@@ -4,11 +4,12 @@ import copy
 
 import pytest
 import torch
-from tiny_models import chat, encode, noise_image, tiny_config, tiny_model, tiny_processor
+from tiny_models import answer, chat, encode, noise_image, tiny_config, tiny_model, tiny_processor
 from transformers import GPT2Config
 
 from vlmslice.cross_attention import GatedCrossAttention, find_decoder_layers
 from vlmslice.modeling import VlmSliceForConditionalGeneration
+from vlmslice.training.freezing import freeze
 
 CHATS = (
     chat("read", noise_image(100, 200)),
@@ -52,6 +53,73 @@ class TestStart:
     def test_interval(self):
         model = build(text={"num_hidden_layers": 5}, cross_attention_interval=2)
         assert list(model.cross_attention.chosen) == [1, 3] and len(model.cross_attention.layers) == 2
+
+    def test_heads_of_first_fit_add_nothing_either(self):
+        options = {"cross_attention_gate": 0.0, "location_token_id": 100}
+        without, batch = build(**options), inputs()
+        model = build(first_fit_layers=[0, 1], **options)
+        model.load_state_dict(without.state_dict(), strict=False)
+        assert torch.equal(logits(model, batch), logits(without, batch))
+
+
+@pytest.fixture(scope="module")
+def adapted() -> VlmSliceForConditionalGeneration:
+    """Gates that began at 0 and were opened by training, with a frozen language model."""
+    model = build(cross_attention_gate=0.0)
+    freeze(model, "vision_encoder", "language_model")
+    return train(model, num_steps=40)
+
+
+def train(model, num_steps: int):
+    optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=0.02)
+    batch = inputs()
+    model.train()
+    for _ in range(num_steps):
+        optimizer.zero_grad()
+        model(**batch, labels=batch["input_ids"]).loss.backward()
+        optimizer.step()
+    return model.eval()
+
+
+class TestAdapter:
+    """Trained beside a language model that stays as it is."""
+
+    def test_gradients_reach_gates_first_and_then_the_rest(self):
+        model, batch = build(cross_attention_gate=0.0).train(), inputs()
+        freeze(model, "vision_encoder", "language_model")
+        model(**batch, labels=batch["input_ids"]).loss.backward()
+        of_the_gates = {f"cross_attention.layers.{i}.gate" for i in range(2)}
+        reached = {n for n, p in model.named_parameters() if p.grad is not None and p.grad.any()}
+        assert reached == of_the_gates
+        train(model, num_steps=1)
+        model.zero_grad()
+        model.train()(**batch, labels=batch["input_ids"]).loss.backward()
+        trained = {n for n, p in model.named_parameters() if p.requires_grad}
+        assert {n for n, p in model.named_parameters() if p.grad is not None and p.grad.any()} == trained
+        assert {name.split(".")[0] for name in trained} == {"connector", "canvas_position", "cross_attention"}
+
+    def test_gates_have_opened(self, adapted):
+        assert all(layer.gate.abs() > 0.1 for layer in adapted.cross_attention.layers)
+        batch = inputs()
+        other = dict(batch, pixel_values=batch["pixel_values"] + 1)
+        assert (logits(adapted, batch) - logits(adapted, other)).abs()[:2, -1].max() > 1e-2
+
+    def test_text_alone_is_answered_as_before_bit_for_bit(self, adapted):
+        text, alone = encode(tiny_processor("cross_attention"), CHATS[2]), build().language_model
+        assert torch.equal(logits(adapted, text), logits(alone, text))
+
+    def test_batch_with_and_without_cache_is_single(self, adapted):
+        answers = answer(adapted, inputs())
+        assert len({tuple(ids) for ids in answers}) == len(CHATS)
+        assert answer(adapted, inputs(), use_cache=False) == answers
+        for sample, chat_of_sample in enumerate(CHATS):
+            single = encode(tiny_processor("cross_attention"), chat_of_sample)
+            assert answer(adapted, single) == [answers[sample]]
+
+    def test_saved_is_loaded(self, adapted, tmp_path):
+        adapted.save_pretrained(tmp_path)
+        loaded = VlmSliceForConditionalGeneration.from_pretrained(tmp_path).eval()
+        assert torch.equal(logits(loaded, inputs()), logits(adapted, inputs()))
 
 
 class TestMemory:

@@ -34,6 +34,7 @@ from vlmslice.processing import VlmSliceProcessor
 from vlmslice.slicing import SlicingConfig
 from vlmslice.slicing_policies import POLICIES
 from vlmslice.spatial_schema import add_special_tokens
+from vlmslice.visual_expert import VisualExpertLayers
 from vlmslice.weight_import import ImportedLanguage, ImportedVision, import_language, import_vision
 
 # New rows are the mean of the old ones plus noise, of a tenth of their spread: close enough to the mean to be neutral
@@ -97,6 +98,7 @@ def compose(
     connector_heads: int = 8,
     connector_head_dim: int = 64,
     cross_attention_interval: int = 4,
+    visual_expert_interval: int = 0,
     dtype: Literal["float32", "bfloat16"] = "float32",
     seed: int = 0,
     overwrite: bool = False,
@@ -126,6 +128,8 @@ def compose(
         connector_head_dim: Width of one such head.
         cross_attention_interval: With the connector `"cross_attention"`, every how many layers of the language model
             look at the image.
+        visual_expert_interval: With another connector, every how many layers of the language model get weights of their
+            own for visual tokens, at first copies; 0 for none. See `visual_expert`.
         dtype: Of the saved weights.
         seed: Of everything random.
         overwrite: Whether `output` may exist and is replaced.
@@ -166,6 +170,7 @@ def compose(
                 connector_head_dim=connector_head_dim,
                 connector_scale=embedding_rms,
                 cross_attention_interval=cross_attention_interval,
+                visual_expert_interval=visual_expert_interval,
                 image_token_id=processor.image_token_id,  # type: ignore[arg-type]  # one token has one id
                 tie_word_embeddings=text.model.config.tie_word_embeddings,
             )
@@ -181,6 +186,8 @@ def compose(
         ),
         "language model": _count(model.language_model),
     }
+    if model.visual_expert is not None:
+        num_parameters["visual expert"] = _count(model.visual_expert)
     summary = (
         f"vision encoder  {eye.summary}",
         f"connector       {connector}: random weights, scale {embedding_rms:.3f} (that of the text embeddings)",
@@ -288,6 +295,8 @@ def _join(
     model.language_model = text.model
     if model.cross_attention is not None:
         model.cross_attention = CrossAttentionLayers(config, text.model)
+    if model.visual_expert is not None:
+        model.visual_expert = VisualExpertLayers(config, text.model)
     return model
 
 
@@ -310,6 +319,13 @@ def compose_command(
         int,
         typer.Option(help="With cross_attention: every how many layers of the language model look.", min=1),
     ] = 4,
+    visual_expert_interval: Annotated[
+        int,
+        typer.Option(
+            help="Every how many layers of the language model get weights of their own for visual tokens; 0: none.",
+            min=0,
+        ),
+    ] = 0,
     tokens_per_view: Annotated[
         int | None, typer.Option(help="Visual tokens of every view; for the resampler, and only for it.")
     ] = None,
@@ -348,6 +364,7 @@ def compose_command(
             output,
             connector=connector,
             cross_attention_interval=cross_attention_interval,
+            visual_expert_interval=visual_expert_interval,
             tokens_per_view=tokens_per_view,
             vision_architecture=vision_architecture,
             feature_layer=feature_layer,

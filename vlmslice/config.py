@@ -32,6 +32,8 @@ class VlmSliceConfig(PreTrainedConfig):
             images, as suits a trained one.
         first_fit_layers: which of these, counted from 0, have a head that finds the next object to point at, too (see
             `first_fit`).
+        visual_expert_interval: with the other connectors, every how many layers of the language model have weights of
+            their own for visual tokens (see `visual_expert`); 0 for none.
         canvas_position: add to every visual token an embedding of its place on the whole image, so that a line of
             text which runs on in the next slice can be followed there.
         dense_loss_weight: weight of the dense (per-cell) loss beside the language loss in training; 0 builds no head.
@@ -56,6 +58,7 @@ class VlmSliceConfig(PreTrainedConfig):
     cross_attention_interval: int = 1
     cross_attention_gate: int | float = 0.0
     first_fit_layers: list[int] = field(default_factory=list)
+    visual_expert_interval: int = 0
     canvas_position: bool = True
     dense_loss_weight: int | float = 0.0
     guide_loss_weight: int | float = 0.0
@@ -81,6 +84,11 @@ class VlmSliceConfig(PreTrainedConfig):
             raise ValueError(
                 f"connector {self.connector!r} with slicing.tokens_per_view={fixed}: the resampler needs a number of "
                 "tokens per view, the other connectors give one token per block and take None"
+            )
+        if self.visual_expert_interval and self.connector == "cross_attention":
+            raise ValueError(
+                f"visual_expert_interval is {self.visual_expert_interval} with connector 'cross_attention', whose "
+                "visual tokens do not stand in the prompt; set it to 0, or choose another connector"
             )
 
     @property

@@ -33,6 +33,7 @@ from vlmslice.pointing import last_points
 from vlmslice.position_embedding import sincos_2d
 from vlmslice.spatial_schema import LOCATION_TOKENS
 from vlmslice.vision_encoder import VlmSliceVisionEncoder, patch_coordinates
+from vlmslice.visual_expert import VisualExpertLayers
 
 
 @dataclass
@@ -98,6 +99,7 @@ _OWN_MODULES = (
     PixelUnshuffle,
     Resampler,
     TokenHead,
+    VisualExpertLayers,
 )
 
 
@@ -136,7 +138,8 @@ class VlmSliceForConditionalGeneration(VlmSlicePreTrainedModel, GenerationMixin)
     2. The connector turns the patches of a view into its visual tokens.
     3. A canvas position is added to each token, so that the language model knows where on the image it lies.
     4. Token i replaces the i-th placeholder of the prompt, and the language model runs as on text. With the connector
-       `cross_attention`, layers of the language model look at the tokens instead.
+       `cross_attention`, layers of the language model look at the tokens instead. With a visual expert, layers have
+       weights of their own for the tokens.
     """
 
     def __init__(self, config: VlmSliceConfig):
@@ -148,6 +151,9 @@ class VlmSliceForConditionalGeneration(VlmSlicePreTrainedModel, GenerationMixin)
         self.cross_attention = None
         if config.connector == "cross_attention":
             self.cross_attention = CrossAttentionLayers(config, self.language_model)
+        self.visual_expert = None
+        if config.visual_expert_interval:
+            self.visual_expert = VisualExpertLayers(config, self.language_model)
         self.dense_head = None
         if config.dense_loss_weight:
             self.dense_head = DenseHead(config.vision_config.hidden_size)
@@ -277,7 +283,7 @@ class VlmSliceForConditionalGeneration(VlmSlicePreTrainedModel, GenerationMixin)
         samples = find_samples(position_ids, attention_mask, past_key_values, use_cache, self.language_model)
         if samples is not None:
             use_cache = False
-        image_outputs = None
+        image_outputs, placeholder_mask = None, None
         if inputs_embeds is None:
             inputs_embeds = self.get_input_embeddings()(input_ids)
         if pixel_values is not None:
@@ -288,11 +294,12 @@ class VlmSliceForConditionalGeneration(VlmSlicePreTrainedModel, GenerationMixin)
                 )
             image_outputs = self.get_image_features(pixel_values, target_sizes, canvas_boxes, num_views)
             if self.cross_attention is None:
-                mask = self.get_placeholder_mask(
-                    input_ids, [len(t) for t in image_outputs.pooler_output], samples
+                tokens_of_images = image_outputs.pooler_output
+                placeholder_mask = self.get_placeholder_mask(
+                    input_ids, [len(t) for t in tokens_of_images], samples
                 )
-                tokens = torch.cat(image_outputs.pooler_output).to(inputs_embeds.dtype)
-                inputs_embeds = inputs_embeds.masked_scatter(mask.unsqueeze(-1), tokens)
+                tokens = torch.cat(tokens_of_images).to(inputs_embeds.dtype)
+                inputs_embeds = inputs_embeds.masked_scatter(placeholder_mask.unsqueeze(-1), tokens)
             else:
                 inputs_embeds, visual_memory = self._remember(
                     input_ids, inputs_embeds, image_outputs, samples
@@ -301,6 +308,14 @@ class VlmSliceForConditionalGeneration(VlmSlicePreTrainedModel, GenerationMixin)
             if last_points is None and input_ids is not None:
                 last_points = self._last_points(input_ids, samples)
             self.cross_attention.look_at(visual_memory, last_points, is_guided, samples)
+        if self.visual_expert is not None:
+            if placeholder_mask is None and self.training:
+                # Of no visual tokens the experts get gradients of zero: all processes have gradients for the same
+                # weights, and the loss of a batch of texts has some even if all else is frozen.
+                placeholder_mask = torch.zeros(
+                    inputs_embeds.shape[:2], dtype=torch.bool, device=inputs_embeds.device
+                )
+            self.visual_expert.divide(placeholder_mask)
         outputs = self.language_model(
             inputs_embeds=inputs_embeds,
             attention_mask=attention_mask,

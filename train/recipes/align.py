@@ -13,6 +13,7 @@ from vlmslice.data.fonts import FontLibrary
 from vlmslice.data.task_collator import TaskCollator
 from vlmslice.data.tasks import Curriculum, TaskConfig, TaskDataset
 from vlmslice.training import Stage
+from vlmslice.training.freezing import freeze
 
 TASK = TaskConfig(megapixels=(0.02, 0.1), num_words=(1, 4), max_characters=30, font_px=(18, 60), photo=0.1)
 
@@ -20,7 +21,7 @@ TASK = TaskConfig(megapixels=(0.02, 0.1), num_words=(1, 4), max_characters=30, f
 def build_model(folder: Path, previous: Path | None) -> nn.Module:
     """The model in `folder`, its vision encoder frozen."""
     model = VlmSliceForConditionalGeneration.from_pretrained(folder, dtype=torch.float32)
-    model.vision_encoder.requires_grad_(False)
+    freeze(model, "vision_encoder")
     return model
 
 

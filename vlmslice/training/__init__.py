@@ -4,6 +4,7 @@
 - `run`: runs one, from its last checkpoint to its saved model
 - `trainer`: the Trainer's step, log and optimizer as a stage wants them
 - `checkpoints`: folders that are whole or not there
+- `freezing`: which parts of a model train
 - `optimizer`: Muon and AdamW as one
 - `progress`: what is seen meanwhile
 """

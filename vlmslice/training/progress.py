@@ -9,8 +9,9 @@ from transformers import TrainerCallback
 class SampleProgress(TrainerCallback):
     """A progress bar that counts samples, so that its rate is samples/s; logged figures go above it."""
 
-    def __init__(self, name: str, step_batch_size: int):
-        self._name, self._step_batch_size = name, step_batch_size
+    def __init__(self, name: str, step_batch_size: int, parts: str):
+        """`parts`: a line on what trains, shown first."""
+        self._name, self._step_batch_size, self._parts = name, step_batch_size, parts
         self._bar: tqdm | None = None
 
     def on_train_begin(self, args, state, control, **kwargs):
@@ -22,6 +23,7 @@ class SampleProgress(TrainerCallback):
                 unit=" samples",
                 dynamic_ncols=True,
             )
+            self._bar.write(f"{self._name} trains {self._parts}")
 
     def on_step_end(self, args, state, control, **kwargs):
         if self._bar is not None:

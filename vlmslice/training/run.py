@@ -14,6 +14,7 @@ from transformers import ProgressCallback, TrainingArguments, set_seed
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from vlmslice.training.checkpoints import commit, last_complete_checkpoint
+from vlmslice.training.freezing import format_parts, measure_parts
 from vlmslice.training.progress import SampleProgress
 from vlmslice.training.stage import Stage, TrainingError, share_batch
 from vlmslice.training.trainer import StageTrainer
@@ -43,6 +44,7 @@ def run_stage(stage: Stage, run_dir: Path, previous: Path | None, resume: bool =
     unset_hf_deepspeed_config()
     set_seed(seed)
     model = stage.model(previous)
+    parts = format_parts(measure_parts(model))  # now: ZeRO-3 will take the weights away
     if stage.muon and stage.arguments.get("deepspeed"):
         raise TrainingError(
             f"stage {stage.name!r} gives matrices to Muon, which DeepSpeed would cut up; train it without --deepspeed, "
@@ -59,7 +61,7 @@ def run_stage(stage: Stage, run_dir: Path, previous: Path | None, resume: bool =
     )
     if not arguments.disable_tqdm:
         trainer.remove_callback(ProgressCallback)
-        trainer.add_callback(SampleProgress(stage.name, stage.step_batch_size))
+        trainer.add_callback(SampleProgress(stage.name, stage.step_batch_size, parts))
     if trainer.is_world_process_zero():
         shutil.rmtree(folder / "incomplete" if resume else folder, ignore_errors=True)
     trainer.accelerator.wait_for_everyone()
