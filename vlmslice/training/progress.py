@@ -7,7 +7,10 @@ from transformers import TrainerCallback
 
 
 class SampleProgress(TrainerCallback):
-    """A progress bar that counts samples, so that its rate is samples/s; logged figures go above it."""
+    """A progress bar that counts samples, so that its rate is samples/s; logged figures go above it.
+
+    Behind the rate stand tokens/s and FLOP/s as a share of the machine's, as last logged.
+    """
 
     def __init__(self, name: str, step_batch_size: int):
         self._name, self._step_batch_size = name, step_batch_size
@@ -33,6 +36,10 @@ class SampleProgress(TrainerCallback):
                 f"{k} {v:.4g}" for k, v in logs.items() if isinstance(v, float) and k != "total_flos"
             )
             self._bar.write(f"step {state.global_step}  {figures}")
+            if "flops_share" in logs:
+                self._bar.set_postfix_str(
+                    f"{logs['tokens_per_second']:.4g} tokens/s, {logs['flops_share']:.1%} of the matmul peak"
+                )
 
     def on_train_end(self, args, state, control, **kwargs):
         if self._bar is not None:

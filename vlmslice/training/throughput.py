@@ -1,0 +1,112 @@
+"""How much a step computes: tokens of a batch, and floating-point operations (FLOPs) as torch counts them."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Mapping
+from typing import NamedTuple
+
+import torch
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
+
+from vlmslice.modeling import VlmSliceForConditionalGeneration
+
+
+def _attention_flops(query, key, value, *args, **kwargs) -> int:
+    return sdpa_flop_count(query, key, value)
+
+
+def _attention_backward_flops(grad_out, query, key, value, *args, **kwargs) -> int:
+    return sdpa_backward_flop_count(grad_out, query, key, value)
+
+
+# torch has no formula for its fused attention on the CPU; a formula is given shapes for tensors.
+_CPU_ATTENTION = {
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention_flops,
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: _attention_backward_flops,
+}
+
+
+def flop_counter() -> FlopCounterMode:
+    """Counts the FLOPs of matrix products, convolutions and attention inside of `with`; read `get_total_flops()`.
+
+    All else, such as normalisation and activations, counts as nothing, as is usual. What gradient checkpointing
+    computes twice counts twice.
+    """
+    return FlopCounterMode(display=False, custom_mapping=_CPU_ATTENTION)
+
+
+class TokenCounts(NamedTuple):
+    """Tokens of a batch without padding: `int64[]` each."""
+
+    visual: torch.Tensor
+    text: torch.Tensor
+
+
+def count_tokens(model: nn.Module, batch: Mapping[str, torch.Tensor]) -> TokenCounts:
+    """Counts what of a batch is real.
+
+    - visual: what the connector makes of the views; for a model without one, as the dense stage's, the patches.
+    - text: ids that are neither padding nor placeholders, labelled or not.
+
+    Args:
+        model: a `VlmSliceForConditionalGeneration`, bare or wrapped (by PEFT, say), or a `DenseReader`.
+        batch: of a stage's collator.
+    """
+    vlm = next((m for m in model.modules() if isinstance(m, VlmSliceForConditionalGeneration)), None)
+    visual = text = torch.tensor(0)
+    sizes = batch.get("target_sizes")
+    if sizes is not None:
+        visual = (sizes.prod(dim=1) if vlm is None else vlm.tokens_per_view(sizes)).sum()
+    ids = batch.get("input_ids")
+    if ids is not None:
+        mask = batch.get("attention_mask")
+        # A mask of other than two dimensions tells which ids see which, not which are padding.
+        real = mask != 0 if mask is not None and mask.ndim == 2 else torch.ones_like(ids, dtype=torch.bool)
+        if vlm is not None:
+            real = real & (ids != vlm.config.image_token_id)
+        text = real.sum()
+    return TokenCounts(visual, text)
+
+
+class Throughput:
+    """What one process computes between two logs.
+
+    All tokens are counted, FLOPs only in the first batch: its FLOPs per token are taken for those of the others, as
+    torch's counter looks at every operation. Where samples grow that much within one interval, the share is off as
+    much as FLOPs per token differ.
+    """
+
+    def __init__(self, model: nn.Module):
+        self._model = model
+        self.reset()
+
+    def reset(self) -> None:
+        """Begins a new interval."""
+        self._num_tokens: torch.Tensor | int = 0
+        self._counted_tokens: torch.Tensor | int = 0
+        self._counted_flops = 0
+
+    @contextlib.contextmanager
+    def count(self, batch: Mapping[str, torch.Tensor]) -> Iterator[None]:
+        """Counts `batch`, whose forward and backward pass happens inside of `with`."""
+        num_tokens = sum(count_tokens(self._model, batch))
+        is_first = not self._counted_flops
+        self._num_tokens = self._num_tokens + num_tokens
+        if not is_first:
+            yield
+            return
+        with flop_counter() as counter:
+            yield
+        self._counted_flops, self._counted_tokens = counter.get_total_flops(), num_tokens
+
+    @property
+    def num_tokens(self) -> int:
+        """Visual and text tokens since the last `reset`."""
+        return int(self._num_tokens)
+
+    @property
+    def num_flops(self) -> float:
+        """FLOPs since the last `reset`, estimated from those of the first batch."""
+        return self._counted_flops * self.num_tokens / max(1, int(self._counted_tokens))
