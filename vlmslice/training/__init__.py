@@ -6,6 +6,10 @@
 - `checkpoints`: folders that are whole or not there
 - `optimizer`: Muon and AdamW as one
 - `progress`: what is seen meanwhile
+- `throughput`: what a step computes
+- `diagnostics`: which parts learn
+- `estimate`: what a run will cost
+- `runs`: what runs there are
 """
 
 import os

@@ -56,6 +56,7 @@ def run_stage(stage: Stage, run_dir: Path, previous: Path | None, resume: bool =
         data_collator=stage.collator,
         learning_rates=stage.learning_rates,
         muon=stage.muon,
+        diagnostics_steps=stage.diagnostics_steps,
     )
     if not arguments.disable_tqdm:
         trainer.remove_callback(ProgressCallback)

@@ -44,6 +44,11 @@ class TokenCounts(NamedTuple):
     text: torch.Tensor
 
 
+def find_vlm(model: nn.Module) -> VlmSliceForConditionalGeneration | None:
+    """The whole model inside of `model`, bare or wrapped (by PEFT, say), or None for the dense stage's."""
+    return next((m for m in model.modules() if isinstance(m, VlmSliceForConditionalGeneration)), None)
+
+
 def count_tokens(model: nn.Module, batch: Mapping[str, torch.Tensor]) -> TokenCounts:
     """Counts what of a batch is real.
 
@@ -51,10 +56,10 @@ def count_tokens(model: nn.Module, batch: Mapping[str, torch.Tensor]) -> TokenCo
     - text: ids that are neither padding nor placeholders, labelled or not.
 
     Args:
-        model: a `VlmSliceForConditionalGeneration`, bare or wrapped (by PEFT, say), or a `DenseReader`.
+        model: what a stage trains, or a wrapper of it.
         batch: of a stage's collator.
     """
-    vlm = next((m for m in model.modules() if isinstance(m, VlmSliceForConditionalGeneration)), None)
+    vlm = find_vlm(model)
     visual = text = torch.tensor(0)
     sizes = batch.get("target_sizes")
     if sizes is not None:

@@ -15,6 +15,7 @@ from transformers import Trainer
 from vlmslice.data.collator import IGNORED
 from vlmslice.matmul_peak import matmul_peak
 from vlmslice.training.checkpoints import MANIFEST, commit, complete_checkpoints, discard, seal_checkpoint
+from vlmslice.training.diagnostics import Diagnostics
 from vlmslice.training.optimizer import MuonAdamW, find_matrices
 from vlmslice.training.stage import TrainingError
 from vlmslice.training.throughput import Throughput
@@ -32,6 +33,7 @@ class StageTrainer(Trainer):
         *args,
         learning_rates: dict[str, float] | None = None,
         muon: tuple[str, ...] = (),
+        diagnostics_steps: int | None = None,
         **kwargs,
     ):
         super().__init__(*args, **kwargs)
@@ -42,6 +44,8 @@ class StageTrainer(Trainer):
         self._last_log: tuple[float, int] | None = None
         self._writing_aside = False
         self._throughput = Throughput(self.model)
+        self._diagnostics = Diagnostics(diagnostics_steps)
+        self.add_callback(self._diagnostics)
 
     def training_step(self, model, inputs, *args, **kwargs):
         with self._throughput.count(inputs):
@@ -81,6 +85,7 @@ class StageTrainer(Trainer):
                 pair[0] += value
                 pair[1] += count
             logs = logs | {name: round(value / count, 4) for name, (value, count) in sums.items()}
+            logs |= self._diagnostics.take()
             self._sums, self._counts = {}, {}
             now = time.perf_counter()
             if self._last_log is not None:
