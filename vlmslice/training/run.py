@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.utils.data import Dataset, Subset
+from torch.utils.data import Subset
 from transformers import ProgressCallback, TrainingArguments, set_seed
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
@@ -48,11 +48,11 @@ def run_stage(stage: Stage, run_dir: Path, previous: Path | None, resume: bool =
             f"stage {stage.name!r} gives matrices to Muon, which DeepSpeed would cut up; train it without --deepspeed, "
             "or with --adamw"
         )
-    arguments = _training_arguments(stage, folder, num_processes)
+    arguments = training_arguments(stage, folder, num_processes)
     trainer = StageTrainer(
         model=model,
         args=arguments,
-        train_dataset=_whole_steps(stage),
+        train_dataset=whole_steps(stage),
         data_collator=stage.collator,
         learning_rates=stage.learning_rates,
         muon=stage.muon,
@@ -79,7 +79,8 @@ def run_stage(stage: Stage, run_dir: Path, previous: Path | None, resume: bool =
     return final
 
 
-def _training_arguments(stage: Stage, folder: Path, num_processes: int) -> TrainingArguments:
+def training_arguments(stage: Stage, folder: Path, num_processes: int) -> TrainingArguments:
+    """The Trainer's arguments for a stage whose batch is shared by `num_processes`."""
     use_cpu = stage.arguments.get("use_cpu", not torch.accelerator.is_available())
     batch_size, num_accumulations = share_batch(
         stage.arguments["per_device_train_batch_size"],
@@ -101,7 +102,7 @@ def _training_arguments(stage: Stage, folder: Path, num_processes: int) -> Train
     )
 
 
-def _whole_steps(stage: Stage) -> Dataset:
+def whole_steps(stage: Stage) -> Subset:
     """The dataset without the samples that fill no whole step: an epoch is then the same on any number of processes."""
     num_samples = len(stage.dataset)  # type: ignore[arg-type]  # map-style datasets have a length
     num_steps = num_samples // stage.step_batch_size

@@ -43,6 +43,7 @@ class StageTrainer(Trainer):
         self._counts: dict[str, int] = {}
         self._last_log: tuple[float, int] | None = None
         self._writing_aside = False
+        assert self.model is not None
         self._throughput = Throughput(self.model)
         self._diagnostics = Diagnostics(diagnostics_steps)
         self.add_callback(self._diagnostics)
@@ -100,7 +101,11 @@ class StageTrainer(Trainer):
     def _throughput_figures(self, seconds: float) -> dict[str, float]:
         dtype = torch.bfloat16 if self.args.bf16 else torch.float16 if self.args.fp16 else torch.float32
         counts = [
-            (self._throughput.num_tokens, self._throughput.num_flops, matmul_peak(dtype, self.args.device.type))
+            (
+                self._throughput.num_tokens,
+                self._throughput.num_flops,
+                matmul_peak(dtype, self.args.device.type),
+            )
         ]
         num_tokens, num_flops, peak = (sum(values) for values in zip(*gather_object(counts), strict=True))
         return {
