@@ -135,7 +135,8 @@ def run(
         raise RecipeError(f"--recipe is missing; expected one of {', '.join(recipe_names())}")
     if world_size is not None and not dry_run:
         raise RecipeError(
-            "--world-size is of --dry-run; the processes of a run are the launcher's, as in `torchrun --nproc_per_node 2`"
+            "--world-size needs --dry-run; a run has the processes of its launcher, as in "
+            "`torchrun --nproc_per_node 2 train/train.py ...`"
         )
     if dry_run and (deepspeed is not None or "WORLD_SIZE" in os.environ):
         raise RecipeError(

@@ -10,7 +10,7 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import torch
 from rich.table import Table
@@ -161,7 +161,7 @@ def _measure(stage: Stage, model: nn.Module, folder: Path, world_size: int) -> S
     )
     arguments = trainer.args
     if arguments.activation_checkpointing:  # as the Trainer does when it begins
-        options = dict(arguments.activation_checkpointing_kwargs or {})
+        options: dict[str, Any] = dict(arguments.activation_checkpointing_kwargs or {})  # type: ignore[arg-type]
         cast(PreTrainedModel, model).activation_checkpointing_enable(
             every_n_layers=options.pop("every_n_layers", 1),
             offload=options.pop("offload", False),

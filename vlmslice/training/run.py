@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,10 @@ from vlmslice.training.checkpoints import commit, last_complete_checkpoint
 from vlmslice.training.progress import SampleProgress
 from vlmslice.training.stage import Stage, TrainingError, share_batch
 from vlmslice.training.trainer import StageTrainer
+
+DEFAULT_REPORTERS = ["tensorboard"]
+
+_EXTRAS = {"tensorboard": "train", "trackio": "trackio", "wandb": "wandb"}
 
 
 def run_stage(stage: Stage, run_dir: Path, previous: Path | None, resume: bool = True) -> Path:
@@ -36,6 +41,7 @@ def run_stage(stage: Stage, run_dir: Path, previous: Path | None, resume: bool =
     final = folder / "final"
     if resume and final.exists():
         return final
+    check_reporters(stage)
     num_processes = int(os.environ.get("WORLD_SIZE", "1"))
     seed = stage.arguments.get("seed", 42)
     # Built whole, before a DeepSpeed config exists: under ZeRO-3 transformers would otherwise initialise the parts in
@@ -79,6 +85,21 @@ def run_stage(stage: Stage, run_dir: Path, previous: Path | None, resume: bool =
     return final
 
 
+def check_reporters(stage: Stage) -> None:
+    """Raises `TrainingError` if the stage reports to what is not installed; the Trainer would, after minutes of work.
+
+    Reporters are the Trainer's own, and one without an extra of this package is left to its judgement.
+    """
+    reporters = stage.arguments.get("report_to", DEFAULT_REPORTERS)
+    for reporter in [reporters] if isinstance(reporters, str) else reporters:
+        extra = _EXTRAS.get(reporter)
+        if extra and find_spec(reporter) is None:
+            raise TrainingError(
+                f"stage {stage.name!r} reports to {reporter}, which is not installed; pip install 'vlmslice[{extra}]', "
+                "or --set report_to=none"
+            )
+
+
 def training_arguments(stage: Stage, folder: Path, num_processes: int) -> TrainingArguments:
     """The Trainer's arguments for a stage whose batch is shared by `num_processes`."""
     use_cpu = stage.arguments.get("use_cpu", not torch.accelerator.is_available())
@@ -87,7 +108,7 @@ def training_arguments(stage: Stage, folder: Path, num_processes: int) -> Traini
         stage.arguments.get("gradient_accumulation_steps", 1),
         num_processes,
     )
-    defaults: dict[str, Any] = {"remove_unused_columns": False, "report_to": ["tensorboard"]}
+    defaults: dict[str, Any] = {"remove_unused_columns": False, "report_to": DEFAULT_REPORTERS}
     if use_cpu and num_processes > 1:
         defaults["ddp_backend"] = "gloo"
     return TrainingArguments(

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import logging
 import math
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import datetime
@@ -12,6 +15,8 @@ from typing import Any
 
 from vlmslice.errors import VlmSliceError
 from vlmslice.training.checkpoints import last_complete_checkpoint
+
+_log = logging.getLogger(__name__)
 
 _STATE = "trainer_state.json"
 _NO_FIGURES = {"epoch", "step", "loss", "samples_per_second", "total_flos", "train_loss"}
@@ -78,14 +83,15 @@ def find_runs(folder: Path) -> list[StageRecord]:
 
 
 def _stage_folders(folder: Path) -> Iterator[Path]:
-    for path in folder.rglob(_STATE):
-        parents = path.parents
-        if "incomplete" not in path.relative_to(folder).parts:
-            yield parents[1] if parents[0].name.startswith("checkpoint-") else parents[0]
-    for path in folder.rglob("events.out.tfevents.*"):
+    # Unlike `rglob`, `walk` does not mind when a run deletes a checkpoint meanwhile.
+    for parent, folders, files in os.walk(folder):
+        path = Path(parent)
+        folders[:] = [name for name in folders if name not in ("incomplete", "final")]
+        if _STATE in files:
+            yield path.parent if path.name.startswith("checkpoint-") else path
         # STAGE/runs/DATE_HOST/events.out.tfevents.*
-        if path.parents[1].name == "runs":
-            yield path.parents[2]
+        if path.parent.name == "runs" and any(name.startswith("events.out.tfevents.") for name in files):
+            yield path.parents[1]
 
 
 def _read_stage(folder: Path) -> StageRecord:
@@ -115,8 +121,13 @@ def _last_state(folder: Path) -> dict[str, Any]:
     A stage that was begun anew in the same folder may have a state that is older than its checkpoints.
     """
     checkpoint = last_complete_checkpoint(folder)
-    paths = [path for path in (folder / _STATE, checkpoint / _STATE if checkpoint else None) if path]
-    states = [json.loads(path.read_text(encoding="utf-8")) for path in paths if path.is_file()]
+    states = []
+    for path in [folder / _STATE, *([checkpoint / _STATE] if checkpoint else [])]:
+        with contextlib.suppress(FileNotFoundError):
+            try:
+                states.append(json.loads(path.read_text(encoding="utf-8")))
+            except json.JSONDecodeError:
+                _log.warning("passing over %s: it is cut off", path)
     return max(states, key=lambda state: state["global_step"], default={})
 
 
@@ -125,7 +136,8 @@ def _times(folder: Path) -> Iterator[float]:
     yield folder.stat().st_mtime
     for pattern in ("*", "runs/*/*"):
         for path in folder.glob(pattern):
-            yield path.stat().st_mtime
+            with contextlib.suppress(FileNotFoundError):  # dropped meanwhile
+                yield path.stat().st_mtime
 
 
 def _began(folder: Path) -> float:
