@@ -21,7 +21,7 @@ from vlmslice.matmul_peak import matmul_peak
 from vlmslice.training.diagnostics import part_of
 from vlmslice.training.run import training_arguments, whole_steps
 from vlmslice.training.stage import Stage, share_batch
-from vlmslice.training.throughput import count_tokens, flop_counter
+from vlmslice.training.throughput import FlopCounter, count_tokens
 from vlmslice.training.trainer import StageTrainer
 
 _NUM_BATCHES = 3
@@ -232,11 +232,11 @@ def _loss(trainer: StageTrainer, model: nn.Module, batch: dict) -> torch.Tensor:
 
 def _count_flops(trainer: StageTrainer, model: nn.Module, batch: dict) -> tuple[int, int]:
     """FLOPs of the forward pass, and of forward and backward pass."""
-    with flop_counter() as counter:
+    with FlopCounter() as counter:
         loss = _loss(trainer, model, batch)
-        forward = counter.get_total_flops()
+        forward = counter.num_flops
         trainer.accelerator.backward(loss)
-        return forward, counter.get_total_flops()
+        return forward, counter.num_flops
 
 
 def _step(trainer: StageTrainer, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:

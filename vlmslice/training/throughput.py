@@ -8,33 +8,48 @@ from typing import NamedTuple
 
 import torch
 from torch import nn
-from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
 
 from vlmslice.modeling import VlmSliceForConditionalGeneration
 
 
-def _attention_flops(query, key, value, *args, **kwargs) -> int:
-    return sdpa_flop_count(query, key, value)
+def _attention_flops(query, key, value, *args, out_val=None, **kwargs) -> int:
+    return sdpa_flop_count(query.shape, key.shape, value.shape)
 
 
-def _attention_backward_flops(grad_out, query, key, value, *args, **kwargs) -> int:
-    return sdpa_backward_flop_count(grad_out, query, key, value)
+def _attention_backward_flops(grad_out, query, key, value, *args, out_val=None, **kwargs) -> int:
+    return sdpa_backward_flop_count(grad_out.shape, query.shape, key.shape, value.shape)
 
 
-# torch has no formula for its fused attention on the CPU; a formula is given shapes for tensors.
-_CPU_ATTENTION = {
+_FORMULAS = flop_registry | {
+    # torch has none for its fused attention on the CPU.
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention_flops,
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: _attention_backward_flops,
 }
 
 
-def flop_counter() -> FlopCounterMode:
-    """Counts the FLOPs of matrix products, convolutions and attention inside of `with`; read `get_total_flops()`.
+class FlopCounter(TorchDispatchMode):
+    """Adds up the FLOPs of matrix products, convolutions and attention inside of `with`, by torch's formulas.
 
     All else, such as normalisation and activations, counts as nothing, as is usual. What gradient checkpointing
     computes twice counts twice.
+
+    It differs from `torch.utils.flop_counter.FlopCounterMode` in running every operation as it is. That one takes some
+    apart, which changes the rounding of gradients: a run would no longer be resumed bit for bit.
     """
-    return FlopCounterMode(display=False, custom_mapping=_CPU_ATTENTION)
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.num_flops = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        out = func(*args, **kwargs)
+        formula = _FORMULAS.get(getattr(func, "overloadpacket", None))
+        if formula is not None:
+            self.num_flops += formula(*args, **kwargs, out_val=out)
+        return out
 
 
 class TokenCounts(NamedTuple):
@@ -102,9 +117,9 @@ class Throughput:
         if not is_first:
             yield
             return
-        with flop_counter() as counter:
+        with FlopCounter() as counter:
             yield
-        self._counted_flops, self._counted_tokens = counter.get_total_flops(), num_tokens
+        self._counted_flops, self._counted_tokens = counter.num_flops, num_tokens
 
     @property
     def num_tokens(self) -> int:
