@@ -155,7 +155,7 @@ def run_lines(records: list[StageRecord], now: datetime) -> tuple[list[str], lis
         figures = {k: v for k, v in record.figures.items() if k not in _PLAIN and not k.startswith("train_")}
         lines.append(
             [
-                str(record.run) if record.run != before else "",
+                _short(record.run) if record.run != before else "",
                 record.stage,
                 "-" if record.step is None else f"{record.step:,} / {record.max_steps:,}",
                 *(_number(x) for x in (record.last_loss, record.best_loss, record.samples_per_second)),
@@ -166,6 +166,10 @@ def run_lines(records: list[StageRecord], now: datetime) -> tuple[list[str], lis
         )
         before = record.run
     return header, lines
+
+
+def _short(path: Path) -> str:
+    return str(path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path)
 
 
 def _number(value: float | None) -> str:
