@@ -105,6 +105,16 @@ class TestThroughput:
         assert throughput.num_flops == pytest.approx(3 * counter.num_flops)
         throughput.reset()
         assert throughput.num_tokens == throughput.num_flops == 0
+        # An interval in which nothing is counted goes by what was.
+        with throughput.count(batch):
+            pass
+        assert throughput.num_flops == pytest.approx(counter.num_flops)
+
+    def test_compiled_model_is_not_counted(self) -> None:
+        throughput = Throughput(nn.Linear(2, 2), counts_flops=False)
+        with throughput.count({"input_ids": torch.ones(1, 4)}):
+            torch.ones(2, 2) @ torch.ones(2, 2)
+        assert (throughput.num_tokens, throughput.num_flops) == (4, 0)
 
 
 def test_matmul_peak_is_measured_once() -> None:

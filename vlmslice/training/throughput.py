@@ -100,10 +100,15 @@ class Throughput:
     All tokens are counted, FLOPs only in the first batch of every fifth interval: its FLOPs per token are taken for
     those of the batches that follow. Attention makes them grow with the length of a sample, so the share of the peak is
     as rough as samples differ.
+
+    Args:
+        model: what is trained.
+        counts_flops: False for a compiled model, whose operations cannot be looked at one by one.
     """
 
-    def __init__(self, model: nn.Module):
+    def __init__(self, model: nn.Module, counts_flops: bool = True):
         self._model = model
+        self._counts_flops = counts_flops
         self._num_intervals = 0
         self._num_tokens: torch.Tensor | int = 0
         self._counted_tokens: torch.Tensor | int = 1
@@ -121,7 +126,7 @@ class Throughput:
         """Counts `batch`, whose forward and backward pass happens inside of `with`."""
         num_tokens = sum(count_tokens(self._model, batch))
         self._num_tokens = self._num_tokens + num_tokens
-        if not self._is_due:
+        if not self._is_due or not self._counts_flops:
             yield
             return
         self._is_due = False

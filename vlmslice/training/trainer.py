@@ -44,7 +44,7 @@ class StageTrainer(Trainer):
         self._last_log: tuple[float, int] | None = None
         self._writing_aside = False
         assert self.model is not None
-        self._throughput = Throughput(self.model)
+        self._throughput = Throughput(self.model, counts_flops=not self.args.torch_compile)
         self._diagnostics = Diagnostics(diagnostics_steps)
         self.add_callback(self._diagnostics)
 
@@ -108,10 +108,10 @@ class StageTrainer(Trainer):
             )
         ]
         num_tokens, num_flops, peak = (sum(values) for values in zip(*gather_object(counts), strict=True))
-        return {
-            "tokens_per_second": round(num_tokens / seconds, 1),
-            "flops_share": round(num_flops / seconds / peak, 4),
-        }
+        figures = {"tokens_per_second": round(num_tokens / seconds, 1)}
+        if num_flops:
+            figures["flops_share"] = round(num_flops / seconds / peak, 4)
+        return figures
 
     def create_optimizer(self, *args, **kwargs):
         """AdamW as the Trainer makes it, its groups split by `learning_rates`, the matrices of `muon` given to Muon."""
