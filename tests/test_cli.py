@@ -189,7 +189,7 @@ class TestDoctor:
 
 
 class TestCommand:
-    @pytest.mark.parametrize("command", ["ask", "plan", "eval", "compose", "doctor"])
+    @pytest.mark.parametrize("command", ["ask", "plan", "eval", "compose", "doctor", "runs"])
     def test_help(self, vlmslice_command: Vlmslice, command: str) -> None:
         result = vlmslice_command(command, "--help")
         assert result.code == 0
@@ -209,7 +209,14 @@ class TestCommand:
 
     @pytest.mark.parametrize(
         "arguments",
-        [["--help"], ["plan", "4000x100"], ["ask", "--help"], ["eval", "--help"], ["doctor", "-h"]],
+        [
+            ["--help"],
+            ["plan", "4000x100"],
+            ["ask", "--help"],
+            ["eval", "--help"],
+            ["doctor", "-h"],
+            ["runs", "-h"],
+        ],
     )
     def test_answers_without_torch(self, arguments: list[str]) -> None:
         code = (

@@ -9,10 +9,14 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import dataclasses
 import json
+import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+
+if TYPE_CHECKING:
+    from vlmslice.training import Stage
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
@@ -52,6 +56,15 @@ def train(
     restart: Annotated[
         bool, typer.Option("--restart", help="Delete what these stages left in the folder of the run.")
     ] = False,
+    dry_run: Annotated[
+        bool,
+        typer.Option(
+            "--dry-run", help="Measure a few batches and print what each stage will cost; keep nothing."
+        ),
+    ] = False,
+    world_size: Annotated[
+        int | None, typer.Option(min=1, help="Processes that --dry-run reckons with.  [default: 1]")
+    ] = None,
     list_recipes: Annotated[bool, typer.Option("--list", help="List the recipes with their stages.")] = False,
     local_rank: Annotated[int | None, typer.Option("--local_rank", hidden=True)] = None,  # given by deepspeed
 ) -> None:
@@ -73,6 +86,8 @@ def train(
                 deepspeed,
                 adamw,
                 restart,
+                dry_run,
+                world_size,
             )
     except VlmSliceError as error:
         typer.echo(f"error: {error}", err=True)
@@ -106,8 +121,10 @@ def run(
     deepspeed: Path | None,
     adamw: bool,
     restart: bool,
+    dry_run: bool,
+    world_size: int | None,
 ) -> None:
-    """Runs the stages of a recipe, or only the stage named `only`."""
+    """Runs the stages of a recipe, or only the stage named `only`; or, in a dry run, prints what they will cost."""
     from recipes import RecipeError, build_stages, check_name, recipe_names
     from transformers.utils.logging import disable_progress_bar
 
@@ -116,6 +133,16 @@ def run(
     disable_progress_bar()  # of every file written; the bar of the stage is our own
     if recipe is None:
         raise RecipeError(f"--recipe is missing; expected one of {', '.join(recipe_names())}")
+    if world_size is not None and not dry_run:
+        raise RecipeError(
+            "--world-size needs --dry-run; a run has the processes of its launcher, as in "
+            "`torchrun --nproc_per_node 2 train/train.py ...`"
+        )
+    if dry_run and (deepspeed is not None or "WORLD_SIZE" in os.environ):
+        raise RecipeError(
+            "--dry-run runs in one process and tells of ZeRO-0 to 3; leave the launcher and --deepspeed out, and add "
+            "--world-size N"
+        )
     overrides = parse_settings(settings)
     if max_steps is not None:
         overrides["max_steps"] = max_steps
@@ -132,12 +159,13 @@ def run(
     if only is not None:
         check_name(f"stage of recipe {recipe!r}", only, [s.name for s in stages])
     folder = output_dir or Path("runs") / recipe
+    if dry_run:
+        print_estimates([apply(stage, overrides, adamw) for stage in stages], folder, only, world_size or 1)
+        return
     previous = None
     for stage in stages:
         if only is None or stage.name == only:
-            muon = () if adamw else stage.muon
-            stage = dataclasses.replace(stage, arguments=stage.arguments | overrides, muon=muon)
-            previous = run_stage(stage, folder, previous, resume=not restart)
+            previous = run_stage(apply(stage, overrides, adamw), folder, previous, resume=not restart)
         else:
             previous = folder / stage.name / "final"
             if not previous.exists():
@@ -148,6 +176,29 @@ def run(
             break
     if os.environ.get("RANK", "0") == "0":
         typer.echo(f"saved: {previous}")
+
+
+def apply(stage: Stage, overrides: dict[str, Any], adamw: bool) -> Stage:
+    """The stage with the options of the command."""
+    muon = () if adamw else stage.muon
+    return dataclasses.replace(stage, arguments=stage.arguments | overrides, muon=muon)
+
+
+def print_estimates(stages: list[Stage], folder: Path, only: str | None, world_size: int) -> None:
+    """Prints a table for each stage as soon as it is measured."""
+    from rich.console import Console
+
+    from vlmslice.training.estimate import describe_seconds, estimate_run, table_of
+
+    # Into a file or a pipe, nothing is folded.
+    console = Console(width=None if sys.stdout.isatty() else 10_000, markup=False, highlight=False)
+    seconds = 0.0
+    for estimate in estimate_run(stages, folder, only, world_size):
+        console.print(table_of(estimate), "")
+        seconds += estimate.seconds
+    console.print(
+        f"in all {describe_seconds(seconds)}, each process on a machine like this one; as measured now"
+    )
 
 
 def parse_settings(settings: list[str]) -> dict[str, Any]:

@@ -305,6 +305,29 @@ def doctor(
         raise typer.Exit(1)
 
 
+@app.command()
+def runs(
+    folder: Annotated[Path, typer.Argument(metavar="[FOLDER]", help="Where to look for runs.")] = Path(
+        "runs"
+    ),
+    as_json: _Json = False,
+) -> None:
+    """List the training runs under a folder: how far each stage is, its losses, its speed.
+
+    - `vlmslice runs`
+    - `vlmslice runs runs/nano --json`
+    """
+    from datetime import datetime
+
+    from vlmslice.training.runs import find_runs, run_lines
+
+    records = find_runs(folder)
+    if as_json:
+        _print_json({"stages": [record.to_dict() for record in records]})
+    else:
+        _print_table(*run_lines(records, datetime.now().astimezone()))
+
+
 @data_app.callback(invoke_without_command=True)
 def _data(context: typer.Context) -> None:
     """Look at rendered training samples, and measure what they cost.
@@ -525,17 +548,24 @@ def _summarize(answer: Answer, seconds: dict[str, float]) -> str:
 
 
 def _print_results(results: dict[str, Any]) -> None:
-    from rich.console import Console
-    from rich.table import Table
-
     from vlmslice.evaluation_report import result_lines
 
     header, lines = result_lines(results)
-    table = Table(*header, box=None, pad_edge=False)
+    rows = []
     before = None
     for name, num_samples, *rest in lines:
-        table.add_row(*((name, num_samples) if name != before else ("", "")), *rest)
+        rows.append([*((name, num_samples) if name != before else ("", "")), *rest])
         before = name
+    _print_table(header, rows)
+
+
+def _print_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(*header, box=None, pad_edge=False)
+    for row in rows:
+        table.add_row(*row)
     # Into a file or a pipe, nothing is folded.
     console = Console(width=None if sys.stdout.isatty() else 10_000, markup=False, highlight=False)
     console.print(table)

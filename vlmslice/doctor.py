@@ -7,7 +7,6 @@ import os
 import platform
 import shutil
 import tempfile
-import time
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -17,10 +16,10 @@ import psutil
 import torch
 from packaging.requirements import Requirement
 
+from vlmslice.matmul_peak import matmul_peak
 from vlmslice.model_files import ModelError, find_model, find_weights
 from vlmslice.weight_import import file_digest
 
-_MATRIX_SIDE = 1024
 _MIN_FREE_MEMORY_GB = 1.0
 _MIN_FREE_DISK_GB = 1.0
 
@@ -154,21 +153,9 @@ def _examine_compute() -> dict[str, Any]:
     return {
         "accelerator": str(accelerator or "none"),
         "instruction set": torch.backends.cpu.get_cpu_capability(),
-        "fp32 GFLOP/s": _measure_speed(torch.float32),
-        "bf16 GFLOP/s": _measure_speed(torch.bfloat16),
+        "fp32 GFLOP/s": round(matmul_peak(torch.float32) / 1e9),
+        "bf16 GFLOP/s": round(matmul_peak(torch.bfloat16) / 1e9),
     }
-
-
-def _measure_speed(dtype: torch.dtype) -> int:
-    """GFLOP/s of the fastest of some products of square matrices."""
-    matrix = torch.ones(_MATRIX_SIDE, _MATRIX_SIDE, dtype=dtype)
-    product = matrix @ matrix  # the first sets up the kernel
-    times = []
-    for _ in range(5):
-        start = time.perf_counter()
-        torch.mm(matrix, matrix, out=product)
-        times.append(time.perf_counter() - start)
-    return round(2 * _MATRIX_SIDE**3 / min(times) / 1e9)
 
 
 def _processor_name() -> str:

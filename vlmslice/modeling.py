@@ -485,9 +485,9 @@ class VlmSliceForConditionalGeneration(VlmSlicePreTrainedModel, GenerationMixin)
     def _placeholders_per_image(self, target_sizes: torch.Tensor, num_views: torch.Tensor) -> list[int]:
         if self.cross_attention is not None:
             return [1] * len(num_views)
-        return [int(tokens.sum()) for tokens in self._tokens_per_view(target_sizes).split(num_views.tolist())]
+        return [int(tokens.sum()) for tokens in self.tokens_per_view(target_sizes).split(num_views.tolist())]
 
-    def _tokens_per_view(self, target_sizes: torch.Tensor) -> torch.Tensor:
+    def tokens_per_view(self, target_sizes: torch.Tensor) -> torch.Tensor:
         """`int64[V]`, the visual tokens that the connector will give each view."""
         num_queries = self.config.slicing["tokens_per_view"]
         if num_queries is not None:

@@ -7,16 +7,24 @@
 - `freezing`: which parts of a model train
 - `optimizer`: Muon and AdamW as one
 - `progress`: what is seen meanwhile
+- `throughput`: what a step computes
+- `diagnostics`: which parts learn
+- `estimate`: what a run will cost
+- `runs`: what runs there are
 """
 
 import os
+import sys
+from typing import TYPE_CHECKING
 
-import torch
+# As in `vlmslice`: the command `vlmslice runs` needs no torch, and does not wait for it.
+if TYPE_CHECKING or "vlmslice_command" not in sys.modules:
+    import torch
 
-if not torch.accelerator.is_available():
-    os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    if not torch.accelerator.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
 
-from vlmslice.training.run import run_stage  # DeepSpeed reads the environment when it is imported
-from vlmslice.training.stage import Stage, TrainingError, share_batch
+    from vlmslice.training.run import run_stage  # DeepSpeed reads the environment when it is imported
+    from vlmslice.training.stage import Stage, TrainingError, share_batch
 
 __all__ = ["Stage", "TrainingError", "run_stage", "share_batch"]

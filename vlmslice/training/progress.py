@@ -7,7 +7,10 @@ from transformers import TrainerCallback
 
 
 class SampleProgress(TrainerCallback):
-    """A progress bar that counts samples, so that its rate is samples/s; logged figures go above it."""
+    """A progress bar that counts samples, so that its rate is samples/s; logged figures go above it.
+
+    Behind the rate stand tokens/s and FLOP/s as a share of the machine's, as last logged.
+    """
 
     def __init__(self, name: str, step_batch_size: int, parts: str):
         """`parts`: a line on what trains, shown first."""
@@ -31,10 +34,16 @@ class SampleProgress(TrainerCallback):
 
     def on_log(self, args, state, control, logs=None, **kwargs):
         if self._bar is not None:
-            figures = "  ".join(
-                f"{k} {v:.4g}" for k, v in logs.items() if isinstance(v, float) and k != "total_flos"
-            )
-            self._bar.write(f"step {state.global_step}  {figures}")
+            figures = {k: f"{v:.4g}" for k, v in logs.items() if isinstance(v, float) and k != "total_flos"}
+            of_run = "  ".join(f"{name} {value}" for name, value in figures.items() if "/" not in name)
+            self._bar.write(f"step {state.global_step}  {of_run}")
+            of_parts = "  ".join(f"{name} {value}" for name, value in figures.items() if "/" in name)
+            if of_parts:
+                self._bar.write(f"  {of_parts}")
+            if "flops_share" in logs:
+                self._bar.set_postfix_str(
+                    f"{logs['tokens_per_second']:.4g} tokens/s, {logs['flops_share']:.1%} of the matmul peak"
+                )
 
     def on_train_end(self, args, state, control, **kwargs):
         if self._bar is not None:

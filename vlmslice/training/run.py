@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import os
 import shutil
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
-from torch.utils.data import Dataset, Subset
+from torch.utils.data import Subset
 from transformers import ProgressCallback, TrainingArguments, set_seed
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
@@ -18,6 +19,10 @@ from vlmslice.training.freezing import format_parts, measure_parts
 from vlmslice.training.progress import SampleProgress
 from vlmslice.training.stage import Stage, TrainingError, share_batch
 from vlmslice.training.trainer import StageTrainer
+
+DEFAULT_REPORTERS = ["tensorboard"]
+
+_EXTRAS = {"tensorboard": "train", "trackio": "trackio", "wandb": "wandb"}
 
 
 def run_stage(stage: Stage, run_dir: Path, previous: Path | None, resume: bool = True) -> Path:
@@ -37,6 +42,7 @@ def run_stage(stage: Stage, run_dir: Path, previous: Path | None, resume: bool =
     final = folder / "final"
     if resume and final.exists():
         return final
+    check_reporters(stage)
     num_processes = int(os.environ.get("WORLD_SIZE", "1"))
     seed = stage.arguments.get("seed", 42)
     # Built whole, before a DeepSpeed config exists: under ZeRO-3 transformers would otherwise initialise the parts in
@@ -50,14 +56,15 @@ def run_stage(stage: Stage, run_dir: Path, previous: Path | None, resume: bool =
             f"stage {stage.name!r} gives matrices to Muon, which DeepSpeed would cut up; train it without --deepspeed, "
             "or with --adamw"
         )
-    arguments = _training_arguments(stage, folder, num_processes)
+    arguments = training_arguments(stage, folder, num_processes)
     trainer = StageTrainer(
         model=model,
         args=arguments,
-        train_dataset=_whole_steps(stage),
+        train_dataset=whole_steps(stage),
         data_collator=stage.collator,
         learning_rates=stage.learning_rates,
         muon=stage.muon,
+        diagnostics_steps=stage.diagnostics_steps,
     )
     if not arguments.disable_tqdm:
         trainer.remove_callback(ProgressCallback)
@@ -80,14 +87,30 @@ def run_stage(stage: Stage, run_dir: Path, previous: Path | None, resume: bool =
     return final
 
 
-def _training_arguments(stage: Stage, folder: Path, num_processes: int) -> TrainingArguments:
+def check_reporters(stage: Stage) -> None:
+    """Raises `TrainingError` if the stage reports to what is not installed; the Trainer would, after minutes of work.
+
+    Reporters are the Trainer's own, and one without an extra of this package is left to its judgement.
+    """
+    reporters = stage.arguments.get("report_to", DEFAULT_REPORTERS)
+    for reporter in [reporters] if isinstance(reporters, str) else reporters:
+        extra = _EXTRAS.get(reporter)
+        if extra and find_spec(reporter) is None:
+            raise TrainingError(
+                f"stage {stage.name!r} reports to {reporter}, which is not installed; pip install 'vlmslice[{extra}]', "
+                "or --set report_to=none"
+            )
+
+
+def training_arguments(stage: Stage, folder: Path, num_processes: int) -> TrainingArguments:
+    """The Trainer's arguments for a stage whose batch is shared by `num_processes`."""
     use_cpu = stage.arguments.get("use_cpu", not torch.accelerator.is_available())
     batch_size, num_accumulations = share_batch(
         stage.arguments["per_device_train_batch_size"],
         stage.arguments.get("gradient_accumulation_steps", 1),
         num_processes,
     )
-    defaults: dict[str, Any] = {"remove_unused_columns": False, "report_to": ["tensorboard"]}
+    defaults: dict[str, Any] = {"remove_unused_columns": False, "report_to": DEFAULT_REPORTERS}
     if use_cpu and num_processes > 1:
         defaults["ddp_backend"] = "gloo"
     return TrainingArguments(
@@ -102,7 +125,7 @@ def _training_arguments(stage: Stage, folder: Path, num_processes: int) -> Train
     )
 
 
-def _whole_steps(stage: Stage) -> Dataset:
+def whole_steps(stage: Stage) -> Subset:
     """The dataset without the samples that fill no whole step: an epoch is then the same on any number of processes."""
     num_samples = len(stage.dataset)  # type: ignore[arg-type]  # map-style datasets have a length
     num_steps = num_samples // stage.step_batch_size

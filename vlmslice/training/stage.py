@@ -33,6 +33,7 @@ class Stage:
         muon: beginnings of the names of the layers whose matrices Muon trains; the rest, or all by default, is left to
             AdamW. See `optimizer`.
         save: writes the trained model to a folder in the form that others load.
+        diagnostics_steps: optimizer steps between two looks at the parts of the model; see `diagnostics.Diagnostics`.
     """
 
     name: str
@@ -43,6 +44,7 @@ class Stage:
     save: Callable[[nn.Module, Path], None]
     learning_rates: dict[str, float] = field(default_factory=dict)
     muon: tuple[str, ...] = ()
+    diagnostics_steps: int | None = None
 
     @property
     def step_batch_size(self) -> int:

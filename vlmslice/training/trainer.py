@@ -13,15 +13,19 @@ from accelerate.utils import gather_object
 from transformers import Trainer
 
 from vlmslice.loss_weighting import total_weight
+from vlmslice.matmul_peak import matmul_peak
 from vlmslice.training.checkpoints import MANIFEST, commit, complete_checkpoints, discard, seal_checkpoint
+from vlmslice.training.diagnostics import Diagnostics
 from vlmslice.training.optimizer import MuonAdamW, find_matrices
 from vlmslice.training.stage import TrainingError
+from vlmslice.training.throughput import Throughput
 
 
 class StageTrainer(Trainer):
     """Trainer whose steps do not depend on the number of processes, with checkpoints that survive a kill.
 
-    It also averages the figures in a model output's `metrics` and logs them, and samples per second, with the loss.
+    It also averages the figures in a model output's `metrics` and logs them with the loss, and what all processes
+    compute: samples and tokens (visual and text, without padding) per second, and FLOP/s as a share of `matmul_peak`.
     """
 
     def __init__(
@@ -29,6 +33,7 @@ class StageTrainer(Trainer):
         *args,
         learning_rates: dict[str, float] | None = None,
         muon: tuple[str, ...] = (),
+        diagnostics_steps: int | None = None,
         **kwargs,
     ):
         super().__init__(*args, **kwargs)
@@ -38,6 +43,14 @@ class StageTrainer(Trainer):
         self._counts: dict[str, int] = {}
         self._last_log: tuple[float, int] | None = None
         self._writing_aside = False
+        assert self.model is not None
+        self._throughput = Throughput(self.model, counts_flops=not self.args.torch_compile)
+        self._diagnostics = Diagnostics(diagnostics_steps)
+        self.add_callback(self._diagnostics)
+
+    def training_step(self, model, inputs, *args, **kwargs):
+        with self._throughput.count(inputs):
+            return super().training_step(model, inputs, *args, **kwargs)
 
     def get_batch_samples(self, epoch_iterator, num_batches, device):
         """As the Trainer's, which counts answer ids; batches with `loss_weights` have these added up instead."""
@@ -81,14 +94,32 @@ class StageTrainer(Trainer):
                 pair[0] += value
                 pair[1] += count
             logs = logs | {name: round(value / count, 4) for name, (value, count) in sums.items()}
+            logs |= self._diagnostics.take()
             self._sums, self._counts = {}, {}
             now = time.perf_counter()
             if self._last_log is not None:
                 before, step = self._last_log
                 num_samples = (self.state.global_step - step) * self.get_total_train_batch_size(self.args)
                 logs["samples_per_second"] = round(num_samples / (now - before), 2)
-            self._last_log = now, self.state.global_step
+                logs |= self._throughput_figures(now - before)
+            self._throughput.reset()
+            self._last_log = time.perf_counter(), self.state.global_step
         super().log(logs, *args, **kwargs)
+
+    def _throughput_figures(self, seconds: float) -> dict[str, float]:
+        dtype = torch.bfloat16 if self.args.bf16 else torch.float16 if self.args.fp16 else torch.float32
+        counts = [
+            (
+                self._throughput.num_tokens,
+                self._throughput.num_flops,
+                matmul_peak(dtype, self.args.device.type),
+            )
+        ]
+        num_tokens, num_flops, peak = (sum(values) for values in zip(*gather_object(counts), strict=True))
+        figures = {"tokens_per_second": round(num_tokens / seconds, 1)}
+        if num_flops:
+            figures["flops_share"] = round(num_flops / seconds / peak, 4)
+        return figures
 
     def create_optimizer(self, *args, **kwargs):
         """AdamW as the Trainer makes it, its groups split by `learning_rates`, the matrices of `muon` given to Muon."""
