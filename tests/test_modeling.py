@@ -634,7 +634,9 @@ def test_training_on_text_alone_gives_every_weight_a_gradient(connector: str) ->
     for name, parameter in model.named_parameters():
         assert parameter.grad is not None, name
         gradient = expected_gradients.get(name)
-        assert torch.equal(parameter.grad, torch.zeros_like(parameter) if gradient is None else gradient), name
+        assert torch.equal(parameter.grad, torch.zeros_like(parameter) if gradient is None else gradient), (
+            name
+        )
 
 
 def test_batch_without_any_label_has_a_loss_of_zero() -> None:

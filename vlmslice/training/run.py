@@ -8,14 +8,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils import broadcast_object_list
 from torch import nn
 from torch.utils.data import Dataset, Subset
 from transformers import ProgressCallback, TrainingArguments, set_seed
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
-from vlmslice.training.checkpoints import commit, last_complete_checkpoint
+from vlmslice.data.tolerant import TolerantDataset
+from vlmslice.training.checkpoints import commit, last_complete_checkpoint, writing
 from vlmslice.training.progress import SampleProgress
 from vlmslice.training.stage import Stage, TrainingError, share_batch
+from vlmslice.training.stopping import Interrupted, SignalStop
 from vlmslice.training.trainer import StageTrainer
 
 
@@ -31,6 +34,12 @@ def run_stage(stage: Stage, run_dir: Path, previous: Path | None, resume: bool =
 
     Returns:
         The folder of the saved model.
+
+    Raises:
+        Interrupted: SIGTERM or SIGINT came; a checkpoint was saved.
+        CheckpointError: a checkpoint or the model cannot be written.
+        DivergenceError: too many steps had to be skipped.
+        LostProcessError: another process died or stands still.
     """
     folder = run_dir / stage.name
     final = folder / "final"
@@ -52,10 +61,11 @@ def run_stage(stage: Stage, run_dir: Path, previous: Path | None, resume: bool =
     trainer = StageTrainer(
         model=model,
         args=arguments,
-        train_dataset=_whole_steps(stage),
+        train_dataset=_whole_steps(stage, folder),
         data_collator=stage.collator,
         learning_rates=stage.learning_rates,
         muon=stage.muon,
+        guard=stage.guard,
     )
     if not arguments.disable_tqdm:
         trainer.remove_callback(ProgressCallback)
@@ -63,19 +73,43 @@ def run_stage(stage: Stage, run_dir: Path, previous: Path | None, resume: bool =
     if trainer.is_world_process_zero():
         shutil.rmtree(folder / "incomplete" if resume else folder, ignore_errors=True)
     trainer.accelerator.wait_for_everyone()
-    checkpoint = last_complete_checkpoint(folder)
-    if checkpoint:
-        trainer.check_layout(checkpoint)
-    trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-    trainer.save_state()
+    _train(trainer, stage, folder)
     trained = _whole_model(trainer, stage, previous)
     if trainer.is_world_process_zero():
         aside = folder / "incomplete" / "final"
-        aside.mkdir(parents=True)
-        stage.save(trained, aside)
-        commit(aside, final)
+        with writing(final):
+            trainer.save_state()
+            aside.mkdir(parents=True)
+            stage.save(trained, aside)
+            commit(aside, final)
     trainer.accelerator.wait_for_everyone()
     return final
+
+
+def _train(trainer: StageTrainer, stage: Stage, folder: Path) -> None:
+    """Trains from the last complete checkpoint to the end, or to a signal."""
+    # Chosen in one process for all: reading it takes time, and they must not come to two answers.
+    found = [last_complete_checkpoint(folder) if trainer.is_world_process_zero() else None]
+    checkpoint = broadcast_object_list(found)[0]
+    if checkpoint:
+        trainer.check_layout(checkpoint)
+        trainer.load_guard(checkpoint)
+    with SignalStop() as stop:
+        trainer.add_callback(stop)
+        try:
+            trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+        except RuntimeError as error:
+            lost = trainer.whereabouts.explain(error)
+            if lost is None:
+                raise
+            raise lost from error
+        if stop.agreed:
+            trainer.accelerator.wait_for_everyone()  # for the process that saves; a launcher ends all with the first
+            step = trainer.state.global_step
+            raise Interrupted(
+                f"stage {stage.name!r} was stopped by a signal after step {step} and saved as "
+                f"{folder / f'checkpoint-{step}'}; give the same command again to go on"
+            )
 
 
 def _training_arguments(stage: Stage, folder: Path, num_processes: int) -> TrainingArguments:
@@ -100,8 +134,11 @@ def _training_arguments(stage: Stage, folder: Path, num_processes: int) -> Train
     )
 
 
-def _whole_steps(stage: Stage) -> Dataset:
+def _whole_steps(stage: Stage, folder: Path) -> Dataset:
     """The dataset without the samples that fill no whole step: an epoch is then the same on any number of processes."""
+    dataset: Any = stage.dataset
+    if stage.max_skipped_share is not None:
+        dataset = TolerantDataset(dataset, folder / "skipped.jsonl", stage.max_skipped_share)
     num_samples = len(stage.dataset)  # type: ignore[arg-type]  # map-style datasets have a length
     num_steps = num_samples // stage.step_batch_size
     if not num_steps:
@@ -109,7 +146,7 @@ def _whole_steps(stage: Stage) -> Dataset:
             f"stage {stage.name!r} has {num_samples} samples, fewer than one step of {stage.step_batch_size}; give it "
             "more data or a smaller per_device_train_batch_size"
         )
-    return Subset(stage.dataset, range(num_steps * stage.step_batch_size))
+    return Subset(dataset, range(num_steps * stage.step_batch_size))
 
 
 def _whole_model(trainer: StageTrainer, stage: Stage, previous: Path | None) -> nn.Module:

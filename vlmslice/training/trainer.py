@@ -12,9 +12,20 @@ from accelerate.utils import gather_object
 from transformers import Trainer
 
 from vlmslice.data.collator import IGNORED
-from vlmslice.training.checkpoints import MANIFEST, commit, complete_checkpoints, discard, seal_checkpoint
+from vlmslice.training.checkpoints import (
+    MANIFEST,
+    commit,
+    complete_checkpoints,
+    discard,
+    seal_checkpoint,
+    writing,
+)
+from vlmslice.training.guards import DivergenceError, GuardConfig, StepGuard
 from vlmslice.training.optimizer import MuonAdamW, find_matrices
 from vlmslice.training.stage import TrainingError
+from vlmslice.training.whereabouts import Whereabouts
+
+_GUARD = "guard.json"
 
 
 class StageTrainer(Trainer):
@@ -28,9 +39,12 @@ class StageTrainer(Trainer):
         *args,
         learning_rates: dict[str, float] | None = None,
         muon: tuple[str, ...] = (),
+        guard: GuardConfig | None = None,
         **kwargs,
     ):
         super().__init__(*args, **kwargs)
+        self.guard = StepGuard(guard or GuardConfig(), self.args.device)
+        self.whereabouts = Whereabouts()
         self._learning_rates = learning_rates or {}
         self._muon = muon
         self._sums: dict[str, float] = {}
@@ -53,8 +67,9 @@ class StageTrainer(Trainer):
         loss = outputs["loss"]
         if num_items_in_batch is not None:
             num_items = (inputs["labels"][:, 1:] != IGNORED).sum()
-            # Gradients are averaged over the processes afterwards, and summed over the accumulated batches.
-            share = num_items / num_items_in_batch * self.accelerator.num_processes
+            # Gradients are averaged over the processes afterwards, and summed over the accumulated batches. A step all
+            # of whose samples were skipped (see `data.tolerant`) has no items.
+            share = num_items / max(num_items_in_batch, 1) * self.accelerator.num_processes
             auxiliary_loss = outputs.get("auxiliary_loss")
             if auxiliary_loss is None:
                 loss = loss * share
@@ -62,7 +77,46 @@ class StageTrainer(Trainer):
                 loss = (
                     loss - auxiliary_loss
                 ) * share + auxiliary_loss / self.args.gradient_accumulation_steps
+        self._tell("computes gradients")
         return (loss, outputs) if return_outputs else loss
+
+    def _tell(self, doing: str) -> None:
+        self.whereabouts.tell(self.state.global_step + 1, doing)
+
+    def get_batch_samples(self, *args, **kwargs):
+        self._tell("reads its batch")
+        return super().get_batch_samples(*args, **kwargs)
+
+    def _get_num_items_in_batch(self, *args, **kwargs):
+        self._tell("has read its batch")
+        return super()._get_num_items_in_batch(*args, **kwargs)
+
+    def training_step(self, *args, **kwargs):
+        self._tell("computes the loss")
+        loss = super().training_step(*args, **kwargs)
+        self.guard.add_loss(loss)
+        return loss
+
+    def _get_grad_norm(self, model, grad_norm=None):
+        """The gradient norm, after the guard has been asked. Gradients that are not to be used are dropped.
+
+        Without gradients an optimizer leaves weights and its own state as they are, bit for bit.
+        """
+        grad_norm = super()._get_grad_norm(model, grad_norm)
+        norm = float(grad_norm)
+        if self.accelerator.scaler is not None and not math.isfinite(norm):
+            norm = 0.0  # fp16: the loss scaler looks for its scale by such steps, and skips them itself
+        step = self.state.global_step + 1
+        is_admitted = self.guard.admits(norm, step)
+        if not is_admitted:
+            if self.is_deepspeed_enabled and not self.accelerator.optimizer_step_was_skipped:
+                raise DivergenceError(
+                    f"step {step}: the loss is not finite but its gradients are; DeepSpeed has taken the step, so "
+                    "the weights of this process are of no use; give the same command again to go on from the last "
+                    "checkpoint, or run without DeepSpeed, where such a step is skipped"
+                )
+            model.zero_grad()
+        return grad_norm
 
     def log(self, logs: dict[str, float], *args, **kwargs) -> None:
         if "loss" in logs:
@@ -72,6 +126,8 @@ class StageTrainer(Trainer):
                 pair[0] += value
                 pair[1] += count
             logs = logs | {name: round(value / count, 4) for name, (value, count) in sums.items()}
+            if self.guard.counts.skipped:
+                logs["skipped_steps"] = self.guard.counts.skipped
             self._sums, self._counts = {}, {}
             now = time.perf_counter()
             if self._last_log is not None:
@@ -129,17 +185,26 @@ class StageTrainer(Trainer):
         return os.path.join(folder, "incomplete") if self._writing_aside else folder
 
     def _save_checkpoint(self, model, trial) -> None:
-        """Has the Trainer write the checkpoint aside, then commits it and drops the oldest complete ones."""
-        self._writing_aside = True
-        super()._save_checkpoint(model, trial)
-        self._writing_aside = False
+        """Has the Trainer write the checkpoint aside, then commits it and drops the oldest complete ones.
+
+        Raises:
+            CheckpointError: it cannot be written.
+        """
+        self._tell("saves a checkpoint")
+        folder = Path(str(self.args.output_dir))
+        name = f"checkpoint-{self.state.global_step}"
+        aside = folder / "incomplete" / name
+        with writing(folder / name):
+            self._writing_aside = True
+            super()._save_checkpoint(model, trial)
+            self._writing_aside = False
         self.accelerator.wait_for_everyone()
         if not self.args.should_save:
             return
-        folder = Path(str(self.args.output_dir))
-        name = f"checkpoint-{self.state.global_step}"
-        seal_checkpoint(folder / "incomplete" / name, self._layout())
-        commit(folder / "incomplete" / name, folder / name)
+        with writing(folder / name):
+            (aside / _GUARD).write_text(json.dumps(self.guard.state_dict()) + "\n")
+            seal_checkpoint(aside, self._layout())
+            commit(aside, folder / name)
         if self.args.save_total_limit:
             for path in complete_checkpoints(folder)[: -self.args.save_total_limit]:
                 discard(path)
@@ -152,6 +217,12 @@ class StageTrainer(Trainer):
             "zero_stage": self.args.hf_deepspeed_config.config["zero_optimization"]["stage"],
             "num_processes": self.args.world_size,
         }
+
+    def load_guard(self, checkpoint: Path) -> None:
+        """Gives the guard what it knew when `checkpoint` was written."""
+        path = checkpoint / _GUARD
+        if path.exists():  # not in those written before there was a guard
+            self.guard.load_state_dict(json.loads(path.read_text()))
 
     def check_layout(self, checkpoint: Path) -> None:
         """Raises `TrainingError` if `checkpoint` was written under another ZeRO stage or number of processes."""
