@@ -195,15 +195,16 @@ def main(
     zero: Annotated[list[int], typer.Option(help="ZeRO stages; 0 is plain DDP. Repeatable.")] = [0, 1, 2, 3],  # noqa: B006
     data: Annotated[list[str], typer.Option(help="Where the images are. Repeatable.")] = list(DATA),  # noqa: B006, B008
     accumulation: Annotated[list[int], typer.Option(help="Accumulated batches of each process.")] = [1, 2],  # noqa: B006
-    checkpointing: Annotated[list[bool], typer.Option(help="Checkpoint activations or not.")] = [False, True],  # noqa: B006
+    checkpointing: Annotated[list[str], typer.Option(help="Of activations: off, on.")] = ["off", "on"],  # noqa: B006
     connector: Annotated[str, typer.Option(help="Connector of the model.")] = "spatial_resampler",
     num_steps: Annotated[int, typer.Option(help="Optimizer steps of each run.")] = 5,
     seconds: Annotated[float, typer.Option(help="A run that takes longer hangs.")] = 180.0,
+    output_dir: Annotated[Path | None, typer.Option(help="Keeps the runs in this new folder.")] = None,
 ) -> None:
     """Compares training on two processes with training on one, in all cells of the matrix."""
     preload()
     begun = time.monotonic()
-    folder = Path(tempfile.mkdtemp(prefix="parallelism-"))
+    folder = output_dir or Path(tempfile.mkdtemp(prefix="parallelism-"))
     typer.echo(f"{connector}, {num_steps} steps of {SAMPLES_PER_BATCH} samples x 2 processes x accumulation")
     typer.echo("zero  data                accumulation  checkpointing  loss         weights")
     num_failed = 0
@@ -213,9 +214,9 @@ def main(
         if problem:
             raise SystemExit(f"the run on one process ({what}, accumulation {number}) failed: {problem}")
         expected_losses, expected = figures(alone)
-        for stage, is_checkpointed in itertools.product(zero, checkpointing):
-            cell = folder / f"{what}-{number}-{stage}-{is_checkpointed}"
-            problem = run(cell, 2, seconds, connector, stage, what, number, is_checkpointed, num_steps)
+        for stage, is_on in itertools.product(zero, checkpointing):
+            cell = folder / f"{what}-{number}-{stage}-{is_on}"
+            problem = run(cell, 2, seconds, connector, stage, what, number, is_on == "on", num_steps)
             result = problem
             if not problem:
                 losses, weights = figures(cell)
@@ -225,17 +226,16 @@ def main(
                 result = f"{loss_gap:<11.1e}  {weight_gap:.1e}" + ("" if is_near else "  TOO LARGE")
                 problem = "" if is_near else result
             num_failed += bool(problem)
-            typer.echo(
-                f"{stage:<4}  {what:<18}  {number:<12}  {'on' if is_checkpointed else 'off':<13}  {result}"
-            )
+            typer.echo(f"{stage:<4}  {what:<18}  {number:<12}  {is_on:<13}  {result}")
     typer.echo(
         f"tolerances: {LOSS_TOLERANCE:.0e} in a loss, {WEIGHT_TOLERANCE:.0e} in a weight; "
         f"{num_failed} cells failed; {time.monotonic() - begun:.0f} s"
     )
-    if num_failed:
-        typer.echo(f"logs: {folder}")
-        raise typer.Exit(1)
-    shutil.rmtree(folder)
+    if output_dir is None and not num_failed:
+        shutil.rmtree(folder)
+    else:
+        typer.echo(f"runs and logs: {folder}")
+    raise typer.Exit(1 if num_failed else 0)
 
 
 if __name__ == "__main__":

@@ -12,8 +12,10 @@ from accelerate.utils import broadcast_object_list
 from torch import nn
 from torch.utils.data import Dataset, Subset
 from transformers import ProgressCallback, TrainingArguments, set_seed
-from transformers.integrations.deepspeed import unset_hf_deepspeed_config
+from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled, unset_hf_deepspeed_config
 
+from vlmslice.canvas_mixer import CanvasMixer
+from vlmslice.conv_stem import ConvStem
 from vlmslice.data.tolerant import TolerantDataset
 from vlmslice.training.checkpoints import commit, last_complete_checkpoint, writing
 from vlmslice.training.progress import SampleProgress
@@ -58,6 +60,8 @@ def run_stage(stage: Stage, run_dir: Path, previous: Path | None, resume: bool =
             "or with --adamw"
         )
     arguments = _training_arguments(stage, folder, num_processes)
+    if is_deepspeed_zero3_enabled():
+        _gather_whole(model)
     trainer = StageTrainer(
         model=model,
         args=arguments,
@@ -110,6 +114,28 @@ def _train(trainer: StageTrainer, stage: Stage, folder: Path) -> None:
                 f"stage {stage.name!r} was stopped by a signal after step {step} and saved as "
                 f"{folder / f'checkpoint-{step}'}; give the same command again to go on"
             )
+
+
+def _gather_whole(model: nn.Module) -> None:
+    """Has ZeRO-3 gather the weights of a module at its first use, where processes call its parts unequally often.
+
+    Stem and mixer run once for each shape of canvas, of which one process may have more than another; gathered part by
+    part, the weights of one would be mixed up with those of the other, or the processes would wait for ever.
+    """
+    from deepspeed.utils import set_z3_leaf_modules
+
+    classes = {type(module) for module in model.modules()} & {CanvasMixer, ConvStem}
+    if classes:
+        set_z3_leaf_modules(model, list(classes))
+    for module in model.modules():
+        if isinstance(module, ConvStem):
+            module.register_forward_pre_hook(_track_pixels)
+
+
+def _track_pixels(stem: nn.Module, args: tuple) -> tuple:
+    """Lets the backward pass reach the pixels: only there does ZeRO-3 learn that the stem's gradients are complete."""
+    pixels, *rest = args
+    return (pixels.detach().requires_grad_(torch.is_grad_enabled()), *rest)
 
 
 def _training_arguments(stage: Stage, folder: Path, num_processes: int) -> TrainingArguments:
