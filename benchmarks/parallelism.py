@@ -1,4 +1,4 @@
-"""Is a run on two processes the run on one? ZeRO-0 to 3, with images on both processes, on some samples, on one process.
+"""Is a run on two processes the run on one? ZeRO-0 to 3, with images on both, with some samples, on one process only.
 
     python benchmarks/parallelism.py                                  # the whole matrix
     python benchmarks/parallelism.py --zero 0 --zero 2 --connector cross_attention
@@ -193,7 +193,7 @@ def run(folder: Path, world_size: int, seconds: float, *cell: Any) -> str:
 
 def main(
     zero: Annotated[list[int], typer.Option(help="ZeRO stages; 0 is plain DDP. Repeatable.")] = [0, 1, 2, 3],  # noqa: B006
-    data: Annotated[list[str], typer.Option(help="Where the images are. Repeatable.")] = list(DATA),  # noqa: B006, B008
+    data: Annotated[list[str], typer.Option(help="Where the images are. Repeatable.")] = list(DATA),  # noqa: B006
     accumulation: Annotated[list[int], typer.Option(help="Accumulated batches of each process.")] = [1, 2],  # noqa: B006
     checkpointing: Annotated[list[str], typer.Option(help="Of activations: off, on.")] = ["off", "on"],  # noqa: B006
     connector: Annotated[str, typer.Option(help="Connector of the model.")] = "spatial_resampler",

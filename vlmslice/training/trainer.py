@@ -83,6 +83,16 @@ class StageTrainer(Trainer):
     def _tell(self, doing: str) -> None:
         self.whereabouts.tell(self.state.global_step + 1, doing)
 
+    def _run_epoch(self, *args, **kwargs):
+        """One epoch; none if the last step was taken before the run was interrupted.
+
+        The Trainer looks whether it is done after each step only, and would take one too many.
+        """
+        if self.state.global_step >= self.state.max_steps:
+            self.control.should_training_stop = True
+        else:
+            super()._run_epoch(*args, **kwargs)
+
     def get_batch_samples(self, *args, **kwargs):
         self._tell("reads its batch")
         return super().get_batch_samples(*args, **kwargs)
