@@ -49,7 +49,9 @@ def test_too_many_in_a_row_end_the_run() -> None:
     guard = StepGuard(GuardConfig(max_in_a_row=3), CPU)
     for fault in (math.nan, math.nan, 1.0, math.nan, math.nan):
         ask(guard, fault)
-    with pytest.raises(DivergenceError, match="3 steps in a row were skipped, max_in_a_row is 3; at step 9 the loss"):
+    with pytest.raises(
+        DivergenceError, match="3 steps in a row were skipped, max_in_a_row is 3; at step 9 the loss"
+    ):
         ask(guard, math.nan, step=9)
 
 
@@ -123,7 +125,10 @@ def test_skipped_step_leaves_weights_and_optimizer_as_they_were(tmp_path, fault,
     step = trainer.create_optimizer().step
 
     def watched(*args, **kwargs):
-        before = [p.detach().clone() for p in model.parameters()], copy.deepcopy(trainer.optimizer.state_dict()["state"])
+        before = (
+            [p.detach().clone() for p in model.parameters()],
+            copy.deepcopy(trainer.optimizer.state_dict()["state"]),
+        )
         step(*args, **kwargs)
         after = [p.detach().clone() for p in model.parameters()], trainer.optimizer.state_dict()["state"]
         seen.append(_same(before, after))
