@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import os
 import shutil
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from accelerate.utils import broadcast_object_list
 from torch import nn
 from torch.utils.data import Dataset, Subset
@@ -60,6 +62,8 @@ def run_stage(stage: Stage, run_dir: Path, previous: Path | None, resume: bool =
             "or with --adamw"
         )
     arguments = _training_arguments(stage, folder, num_processes)
+    if arguments.deepspeed:
+        _lengthen_scalars(model)
     if is_deepspeed_zero3_enabled():
         _gather_whole(model)
     trainer = StageTrainer(
@@ -116,6 +120,14 @@ def _train(trainer: StageTrainer, stage: Stage, folder: Path) -> None:
             )
 
 
+def _lengthen_scalars(model: nn.Module) -> None:
+    """Makes parameters without axes, such as gates, vectors of one; DeepSpeed cannot send the former."""
+    for module in model.modules():
+        for name, parameter in list(module.named_parameters(recurse=False)):
+            if parameter.ndim == 0:
+                setattr(module, name, nn.Parameter(parameter.detach().reshape(1), parameter.requires_grad))
+
+
 def _gather_whole(model: nn.Module) -> None:
     """Has ZeRO-3 gather the weights of a module at its first use, where processes call its parts unequally often.
 
@@ -148,6 +160,10 @@ def _training_arguments(stage: Stage, folder: Path, num_processes: int) -> Train
     defaults: dict[str, Any] = {"remove_unused_columns": False, "report_to": ["tensorboard"]}
     if use_cpu and num_processes > 1:
         defaults["ddp_backend"] = "gloo"
+        if not dist.is_initialized():
+            # transformers would do so as well, but with a timeout of half an hour, whatever ddp_timeout says.
+            seconds = stage.arguments.get("ddp_timeout", TrainingArguments.ddp_timeout)
+            dist.init_process_group("gloo", timeout=timedelta(seconds=seconds))
     return TrainingArguments(
         **defaults
         | stage.arguments
@@ -187,5 +203,7 @@ def _whole_model(trainer: StageTrainer, stage: Stage, previous: Path | None) -> 
     unset_hf_deepspeed_config()
     model = stage.model(previous)
     if trainer.is_world_process_zero():
-        model.load_state_dict(weights)
+        # As they were before `_lengthen_scalars`.
+        shapes = {name: value.shape for name, value in model.state_dict().items()}
+        model.load_state_dict({name: value.reshape(shapes[name]) for name, value in weights.items()})
     return model
