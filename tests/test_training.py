@@ -164,16 +164,16 @@ what = sys.argv.pop(1)
 original = trainer.StageTrainer.compute_loss
 
 def compute_loss(self, model, inputs, *args, **kwargs):
-    loss = original(self, model, inputs, *args, **kwargs)
     step = self.state.global_step + 1
+    if what == "stall" and step == 7 and os.environ["RANK"] == "1":
+        time.sleep(600)
+    loss = original(self, model, inputs, *args, **kwargs)
     if os.environ["RANK"] == "1":
         if what == "signal" and step == 3:
             return loss * float("nan")
         if what == "signal" and step == 5:
             os.kill(os.getpid(), signal.SIGTERM)
             os.kill(os.getpid(), signal.SIGTERM)
-        if what == "stall" and step == 7:
-            time.sleep(600)
     return loss
 
 trainer.StageTrainer.compute_loss = compute_loss

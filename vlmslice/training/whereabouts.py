@@ -8,10 +8,14 @@ from __future__ import annotations
 
 import json
 import time
+from typing import Any
 
 import torch.distributed as dist
 
 from vlmslice.errors import VlmSliceError
+
+_SIGNS = ("gloo", "nccl", "timeout", "timed out", "connection")
+"""Found in what collective calls raise. gloo's are plain RuntimeErrors: "Application timeout caused pair closure"."""
 
 
 class LostProcessError(VlmSliceError, RuntimeError):
@@ -35,9 +39,8 @@ class Whereabouts:
     def explain(self, error: Exception) -> LostProcessError | None:
         """The error to raise for a failed collective call, or None if `error` is not of that kind."""
         text = str(error)
-        if not dist.is_initialized() or not (
-            isinstance(error, dist.DistError) or "gloo" in text or "NCCL" in text
-        ):
+        is_loss = isinstance(error, dist.DistError) or any(sign in text.lower() for sign in _SIGNS)
+        if not dist.is_initialized() or not is_loss:
             return None
         words = {}
         silent = []
@@ -55,7 +58,7 @@ class Whereabouts:
             else f"rank {rank} (nothing yet)"
             for rank in behind
         ]
-        who = "all ranks are equally far" if len(behind) == dist.get_world_size() else "the others wait for"
+        who = "all are equally far:" if len(behind) == dist.get_world_size() else "the others wait for"
         reason = text.splitlines()[0] if text else type(error).__name__
         return LostProcessError(
             f"rank {dist.get_rank()} lost its connection or waited longer than ddp_timeout; {who} {', '.join(told)}. "
@@ -64,7 +67,7 @@ class Whereabouts:
         )
 
 
-def _store() -> dist.Store:
+def _store() -> Any:
     return dist.distributed_c10d._get_default_store()
 
 
