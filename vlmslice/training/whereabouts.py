@@ -1,7 +1,8 @@
 """Which process the others wait for, when they wait in vain.
 
 A collective call that times out knows only that somebody did not come. So each process leaves word in the store of the
-process group before it does what may take long, and the one that was first to stop leaving word is the one to name.
+process group before it does what may take long, and again when it has waited in vain; of those that have not, the one
+that was first to stop leaving word is the one to name.
 """
 
 from __future__ import annotations
@@ -16,6 +17,9 @@ from vlmslice.errors import VlmSliceError
 
 _SIGNS = ("gloo", "nccl", "timeout", "timed out", "connection")
 """Found in what collective calls raise. gloo's are plain RuntimeErrors: "Application timeout caused pair closure"."""
+
+_GRACE = 2.0
+"""Seconds in which the other processes may tell that they wait, too."""
 
 
 class LostProcessError(VlmSliceError, RuntimeError):
@@ -42,9 +46,13 @@ class Whereabouts:
         is_loss = isinstance(error, dist.DistError) or any(sign in text.lower() for sign in _SIGNS)
         if not dist.is_initialized() or not is_loss:
             return None
+        # Who waits in vain stands not still. The others' calls fail about when this one did.
+        _store().set(_key(dist.get_rank()) + "/waits", "")
+        time.sleep(_GRACE)
         words = {}
         silent = []
-        for rank in range(dist.get_world_size()):
+        suspects = [r for r in range(dist.get_world_size()) if not _store().check([_key(r) + "/waits"])]
+        for rank in suspects or range(dist.get_world_size()):
             if _store().check([_key(rank)]):
                 words[rank] = json.loads(_store().get(_key(rank)))
             else:
@@ -58,7 +66,7 @@ class Whereabouts:
             else f"rank {rank} (nothing yet)"
             for rank in behind
         ]
-        who = "all are equally far:" if len(behind) == dist.get_world_size() else "the others wait for"
+        who = "the others wait for" if suspects else "all wait for one another:"
         reason = text.splitlines()[0] if text else type(error).__name__
         return LostProcessError(
             f"rank {dist.get_rank()} lost its connection or waited longer than ddp_timeout; {who} {', '.join(told)}. "
