@@ -609,3 +609,40 @@ class TestTraining:
             optimizer.step()
             losses.append(loss.item())
         assert losses[1] < losses[0]
+
+
+@pytest.mark.parametrize("connector", [*CONNECTORS, "first_fit"])
+def test_training_on_text_alone_gives_every_weight_a_gradient(connector: str) -> None:
+    """Zero for what sees; so processes whose batches hold no image keep in step with the others."""
+    options = {}
+    if connector == "first_fit":
+        connector, options = "cross_attention", {"first_fit_layers": [1], "guide_loss_weight": 1.0}
+    model = tiny_model(connector, **options)
+    inputs = encode(tiny_processor(connector), chat("How many?"), chat("Two and two?"))
+    assert "pixel_values" not in inputs
+    expected = model(**inputs, labels=inputs["input_ids"]).loss  # in evaluation nothing is run but the text
+    expected.backward()
+    expected_gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    model.zero_grad()
+
+    guide = {}
+    if options:
+        guide = {"guide_entries": torch.zeros(0, 4, dtype=torch.int64), "guide_shares": torch.zeros(0)}
+    loss = model.train()(**inputs, labels=inputs["input_ids"], **guide).loss
+    loss.backward()
+    assert torch.equal(loss, expected)
+    for name, parameter in model.named_parameters():
+        assert parameter.grad is not None, name
+        gradient = expected_gradients.get(name)
+        assert torch.equal(parameter.grad, torch.zeros_like(parameter) if gradient is None else gradient), (
+            name
+        )
+
+
+def test_batch_without_any_label_has_a_loss_of_zero() -> None:
+    model = tiny_model().train()
+    inputs = encode(tiny_processor(), chat("How many?", noise_image(60, 60)))
+    loss = model(**inputs, labels=torch.full_like(inputs["input_ids"], -100)).loss
+    loss.backward()
+    assert loss == 0
+    assert all(p.grad is not None and not p.grad.any() for p in model.parameters())

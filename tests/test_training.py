@@ -8,6 +8,8 @@ Accumulated batches agree in the loss of the answers alone: each weighs its cell
 import importlib.util
 import json
 import os
+import re
+import resource
 import shutil
 import signal
 import socket
@@ -152,6 +154,113 @@ def test_resume_after_kills_is_bit_exact(reference: Path, tmp_path: Path) -> Non
     for name in ("eye", "answer"):
         assert_same_weights(tmp_path / name, reference / name)
     assert logged_losses(stage_dir) == logged_losses(reference / "answer")
+
+
+TROUBLE = """
+import os, runpy, signal, sys, time
+from vlmslice.training import trainer
+
+what = sys.argv.pop(1)
+original = trainer.StageTrainer.compute_loss
+
+def compute_loss(self, model, inputs, *args, **kwargs):
+    step = self.state.global_step + 1
+    if what == "stall" and step == 7 and os.environ["RANK"] == "1":
+        time.sleep(600)
+    loss = original(self, model, inputs, *args, **kwargs)
+    if os.environ["RANK"] == "1":
+        if what == "signal" and step == 3:
+            return loss * float("nan")
+        if what == "signal" and step == 5:
+            os.kill(os.getpid(), signal.SIGTERM)
+            os.kill(os.getpid(), signal.SIGTERM)
+    return loss
+
+trainer.StageTrainer.compute_loss = compute_loss
+sys.argv = sys.argv[1:]
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+def test_trouble_on_one_rank_is_that_of_all(after_eye: Path) -> None:
+    """A loss that is no number, then SIGTERM, twice; then the run goes on and the same rank stands still."""
+    script = after_eye / "trouble.py"
+    script.write_text(TROUBLE)
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    rest = [str(SCRIPT), *SHORT, "--set", "ddp_timeout=4", "--output-dir", str(after_eye)]
+    stage_dir = after_eye / "answer"
+
+    done = subprocess.run(
+        [*launcher, str(script), "signal", *rest],
+        env=environment(),
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert "step 3: the loss is nan on rank 1; the step is skipped" in done.stderr
+    assert done.stderr.count("stopped: stage 'answer' was stopped by a signal after step 5") == 1
+    assert done.returncode and re.search(r"exitcode\s*: 75", done.stderr), done.stderr[-3000:]
+    assert complete_checkpoints(stage_dir) == [stage_dir / "checkpoint-5"]
+    weights = load_file(stage_dir / "checkpoint-5" / "model.safetensors")
+    assert all(tensor.isfinite().all() for tensor in weights.values())
+
+    begun = time.monotonic()
+    done = subprocess.run(
+        [*launcher, str(script), "stall", *rest],
+        env=environment(),
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode and time.monotonic() - begun < 200
+    assert re.search(
+        r"error: rank 0 .* the others wait for rank 1 \(step 7: computes the loss", done.stderr
+    ), done.stderr[-3000:]
+
+
+def test_full_disk_ends_the_run_and_leaves_the_older_checkpoint(
+    app, after_eye: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stage_dir = after_eye / "answer"
+    save = StageTrainer._save_checkpoint
+
+    def on_a_full_disk(self, *args):
+        full = (100_000, resource.RLIM_INFINITY) if self.state.global_step == 16 else None
+        if full:
+            resource.setrlimit(resource.RLIMIT_FSIZE, full)
+        try:
+            save(self, *args)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+
+    monkeypatch.setattr(StageTrainer, "_save_checkpoint", on_a_full_disk)
+    command = [*SHORT, "--set", "save_steps=8", "--output-dir", str(after_eye)]
+    code, text = app(*command)
+    assert code == 2 and "checkpoint-16 cannot be written: " in text and "give the same command again" in text
+    assert not (stage_dir / "incomplete").exists()
+    assert last_complete_checkpoint(stage_dir) == stage_dir / "checkpoint-8"
+    monkeypatch.undo()
+    monkeypatch.syspath_prepend(str(SCRIPT.parent))
+    assert app(*command)[0] == 0
+
+
+def test_run_that_was_stopped_after_its_last_step_takes_no_other(app, after_eye: Path) -> None:
+    command = [*SHORT[:4], "--max-steps", "4", "--set", "save_steps=2", "--output-dir", str(after_eye)]
+    assert app(*command)[0] == 0
+    final = after_eye / "answer" / "final"
+    expected = load_file(final / "model.safetensors")
+    shutil.rmtree(final)
+    assert app(*command)[0] == 0
+    got = load_file(final / "model.safetensors")
+    assert all(torch.equal(got[name], tensor) for name, tensor in expected.items())
+
+
+def test_rank_without_images_keeps_in_step_under_zero3() -> None:
+    benchmark = ROOT / "benchmarks" / "parallelism.py"
+    run_command(
+        [sys.executable, str(benchmark), "--connector", "cross_attention", "--zero", "3", "--num-steps", "2"]
+        + ["--data", "one rank text-only", "--accumulation", "1", "--checkpointing", "off"]
+    )
 
 
 @pytest.mark.parametrize("zero", [None, "zero3.json"])

@@ -70,6 +70,7 @@ def train(
 ) -> None:
     """Trains a recipe stage by stage; the same command again goes on where the last one was stopped."""
     from vlmslice.errors import VlmSliceError
+    from vlmslice.training.stopping import EXIT_INTERRUPTED, Interrupted
 
     try:
         if list_recipes:
@@ -89,6 +90,10 @@ def train(
                 dry_run,
                 world_size,
             )
+    except Interrupted as error:
+        if os.environ.get("RANK", "0") == "0":
+            typer.echo(f"stopped: {error}", err=True)
+        raise typer.Exit(EXIT_INTERRUPTED) from error
     except VlmSliceError as error:
         typer.echo(f"error: {error}", err=True)
         raise typer.Exit(2) from error

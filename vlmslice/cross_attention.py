@@ -251,7 +251,7 @@ class CrossAttentionLayers(nn.Module):
             if samples_BL is not None and memory.samples is not None:
                 samples_BN = memory.samples.gather(1, memory.order.tokens)
                 self._candidates = self._candidates & (samples_BN[:, None] == samples_BL[:, :, None])
-        if memory is not None and samples_BL is not None:
+        if memory is not None and memory.samples is not None and samples_BL is not None:
             memory = memory.of_samples(samples_BL)
         if memory is not None and points_BL3 is not None:
             memory = memory.without_passed(points_BL3)

@@ -81,7 +81,7 @@ def weighted_loss(logits: torch.Tensor, labels: torch.Tensor, weights: torch.Ten
         logits[:, :-1].flatten(0, 1).float(), labels[:, 1:].flatten(), ignore_index=IGNORED, reduction="none"
     )
     weights = weights[:, 1:].flatten().to(surprise.dtype)
-    return (weights * surprise).sum() / weights.sum()
+    return (weights * surprise).sum() / weights.sum().clamp_min(1e-9)  # without any answer, 0
 
 
 def total_weight(batch: Mapping[str, torch.Tensor]) -> torch.Tensor:

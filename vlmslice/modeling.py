@@ -304,6 +304,8 @@ class VlmSliceForConditionalGeneration(VlmSlicePreTrainedModel, GenerationMixin)
                 inputs_embeds, visual_memory = self._remember(
                     input_ids, inputs_embeds, image_outputs, samples
                 )
+        elif labels is not None and self.training:
+            inputs_embeds, visual_memory = self._see_nothing(inputs_embeds)
         if self.cross_attention is not None:
             if last_points is None and input_ids is not None:
                 last_points = self._last_points(input_ids, samples)
@@ -336,6 +338,8 @@ class VlmSliceForConditionalGeneration(VlmSlicePreTrainedModel, GenerationMixin)
                     vocab_size=self.config.text_config.vocab_size,
                     **kwargs,
                 )
+            # All labels ignored (-100): the mean over nothing is nothing to learn from, not NaN.
+            loss = loss.where((labels[:, 1:] != -100).any(), 0.0)
             metrics = {"language_loss": loss.detach()}
             auxiliary = []
             if self.dense_head is not None and dense_labels and image_outputs is not None:
@@ -373,6 +377,31 @@ class VlmSliceForConditionalGeneration(VlmSlicePreTrainedModel, GenerationMixin)
             metrics=metrics,
             visual_memory=visual_memory if labels is None else None,
         )
+
+    def _see_nothing(self, inputs_embeds: torch.Tensor) -> tuple[torch.Tensor, VisualMemory | None]:
+        """Runs all that sees on a blank view, for a training batch without any image, and uses none of it.
+
+        Processes that train together wait for one another at every weight: DDP for its gradient, ZeRO-3 for its
+        parts in the forward pass, too. One whose batch holds no image must take the same way as the others. The
+        gradients that come of it are zero, so those of the step are what they would be in one process.
+        """
+        side = self.config.slicing["merge_size"]
+        grid = torch.tensor([[side, side]], device=inputs_embeds.device)
+        features = self.get_image_features(
+            inputs_embeds.new_zeros(1, side * side, self.config.vision_config.patch_dim),
+            grid,
+            torch.cat([torch.zeros_like(grid), grid], dim=1),
+            torch.ones_like(grid[:, 0]),
+        )
+        assert features.pooler_output is not None and features.places is not None
+        assert features.can_point is not None
+        # No token of it, so nothing is added, whatever the weights; but the tie to the graph stays.
+        nothing = [part[0][:0] for part in (features.pooler_output, features.places, features.can_point)]
+        inputs_embeds = inputs_embeds + nothing[0].sum().to(inputs_embeds.dtype)
+        if self.cross_attention is None:
+            return inputs_embeds, None
+        tokens, places, can_point = ([part] * len(inputs_embeds) for part in nothing)
+        return inputs_embeds, self.cross_attention.remember(tokens, places, can_point)
 
     def _first_fit_loss(
         self, entries: torch.Tensor, input_ids: torch.Tensor, memory: VisualMemory

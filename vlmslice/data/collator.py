@@ -25,11 +25,13 @@ class Sample(TypedDict, total=False):
             ...}` and `{"type": "image"}` blocks.
         images: One per image block, in order: PIL image, path, bytes or array. May be left out if there is none.
         source: Where the sample comes from, for error messages; optional.
+        skipped: True if it stands for a sample that could not be loaded (see `tolerant`): no id of it is learned.
     """
 
     messages: list[dict[str, Any]]
     images: Sequence[ImageSource]
     source: str
+    skipped: bool
 
 
 class CollatorError(VlmSliceError, ValueError):
@@ -75,6 +77,7 @@ class VlmSliceCollator:
             raise CollatorError(f"{_name(samples, error.sample_index)}: {error}") from error
         answers = self.answer_mask(batch["input_ids"])
         self._check(samples, batch["attention_mask"].sum(1), answers)
+        answers[[bool(sample.get("skipped")) for sample in samples]] = False
         batch["labels"] = batch["input_ids"].masked_fill(~answers, IGNORED)
         return batch
 

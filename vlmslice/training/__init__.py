@@ -3,6 +3,9 @@
 - `stage`: what a stage is, and how processes share its batch
 - `run`: runs one, from its last checkpoint to its saved model
 - `trainer`: the Trainer's step, log and optimizer as a stage wants them
+- `guards`: steps that would spoil the weights
+- `stopping`: signals
+- `whereabouts`: which process the others wait for
 - `checkpoints`: folders that are whole or not there
 - `freezing`: which parts of a model train
 - `optimizer`: Muon and AdamW as one
@@ -24,7 +27,8 @@ if TYPE_CHECKING or "vlmslice_command" not in sys.modules:
     if not torch.accelerator.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
 
+    from vlmslice.training.guards import GuardConfig
     from vlmslice.training.run import run_stage  # DeepSpeed reads the environment when it is imported
     from vlmslice.training.stage import Stage, TrainingError, share_batch
 
-__all__ = ["Stage", "TrainingError", "run_stage", "share_batch"]
+__all__ = ["GuardConfig", "Stage", "TrainingError", "run_stage", "share_batch"]

@@ -14,25 +14,67 @@ its name and is whole, or does not bear it. (The Trainer itself writes in place,
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 import os
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+
+from safetensors import SafetensorError
+
+from vlmslice.errors import VlmSliceError
 
 MANIFEST = "manifest.json"
 
 _log = logging.getLogger(__name__)
 
 
+class CheckpointError(VlmSliceError, OSError):
+    """A checkpoint or model cannot be written: the disk is full, or the folder read-only."""
+
+
+@contextmanager
+def writing(target: Path) -> Iterator[None]:
+    """Turns whatever a writer of `target` raises when the disk refuses into a `CheckpointError`.
+
+    What is half written, in `incomplete/` beside it, is dropped; so is not what bears a name already.
+    """
+    try:
+        yield
+    except (OSError, SafetensorError, RuntimeError) as error:
+        # torch's writer of archives raises RuntimeErrors, as do errors that have nothing to do with files.
+        is_refused = not isinstance(error, RuntimeError) or "inline_container" in str(error)
+        if not is_refused or isinstance(error, VlmSliceError):
+            raise
+        shutil.rmtree(target.parent / "incomplete", ignore_errors=True)
+        raise CheckpointError(
+            f"{target} cannot be written: {_first_line(error)} ({_free_space(target.parent)}); checkpoints that are "
+            "there already are whole; make room or mend the folder, and give the same command again"
+        ) from error
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).splitlines()[0].rstrip(".") if str(error) else type(error).__name__
+
+
+def _free_space(folder: Path) -> str:
+    while not folder.is_dir():
+        folder = folder.parent
+    return f"{shutil.disk_usage(folder).free / 1e6:.0f} MB are free in {folder}"
+
+
 def seal_checkpoint(folder: Path, layout: dict[str, int]) -> None:
-    """Flushes all files of `folder` to the disk, and then a manifest with their sizes and the optimizer's layout."""
-    sizes = {}
+    """Flushes all files of `folder` to the disk, and then a manifest: their sizes, SHA-256, the optimizer's layout."""
+    sizes, digests = {}, {}
     for path in sorted(p for p in folder.rglob("*") if p.is_file()):
         _flush(path)
-        sizes[str(path.relative_to(folder))] = path.stat().st_size
+        name = str(path.relative_to(folder))
+        sizes[name], digests[name] = path.stat().st_size, _digest(path)
     manifest = folder / MANIFEST
-    manifest.write_text(json.dumps({"layout": layout, "files": sizes}, indent=1) + "\n")
+    manifest.write_text(json.dumps({"layout": layout, "files": sizes, "sha256": digests}, indent=1) + "\n")
     _flush(manifest)
     _flush(folder)
 
@@ -53,17 +95,38 @@ def complete_checkpoints(folder: Path) -> list[Path]:
 
 
 def last_complete_checkpoint(folder: Path) -> Path | None:
-    """The newest of `complete_checkpoints`, or None."""
-    complete = complete_checkpoints(folder)
-    return complete[-1] if complete else None
+    """The newest of `complete_checkpoints` whose files are, bit for bit, those that were written; or None.
+
+    Only here are the files read and hashed: what rots or is changed on the disk keeps its size.
+    """
+    for path in reversed(complete_checkpoints(folder)):
+        problem = _find_changed_file(path)
+        if problem is None:
+            return path
+        _log.warning("passing over %s: %s", path, problem)
+    return None
+
+
+def _find_changed_file(checkpoint: Path) -> str | None:
+    # Those written before there were digests are known by their sizes alone.
+    digests = json.loads((checkpoint / MANIFEST).read_text()).get("sha256", {})
+    for name, digest in digests.items():
+        if _digest(checkpoint / name) != digest:
+            return f"{name} is not what was written: its SHA-256 differs"
+    return None
+
+
+def _digest(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _find_problem(checkpoint: Path) -> str | None:
     try:
         sizes = json.loads((checkpoint / MANIFEST).read_text())["files"]
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return f"it has no {MANIFEST}"
-    except (json.JSONDecodeError, KeyError):
+    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError):
         return f"its {MANIFEST} is cut off"
     for name, size in sizes.items():
         path = checkpoint / name

@@ -4,20 +4,27 @@ from __future__ import annotations
 
 import os
 import shutil
+from datetime import timedelta
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
+from accelerate.utils import broadcast_object_list
 from torch import nn
 from torch.utils.data import Subset
 from transformers import ProgressCallback, TrainingArguments, set_seed
-from transformers.integrations.deepspeed import unset_hf_deepspeed_config
+from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled, unset_hf_deepspeed_config
 
-from vlmslice.training.checkpoints import commit, last_complete_checkpoint
+from vlmslice.canvas_mixer import CanvasMixer
+from vlmslice.conv_stem import ConvStem
+from vlmslice.data.tolerant import TolerantDataset
+from vlmslice.training.checkpoints import commit, last_complete_checkpoint, writing
 from vlmslice.training.freezing import format_parts, measure_parts
 from vlmslice.training.progress import SampleProgress
 from vlmslice.training.stage import Stage, TrainingError, share_batch
+from vlmslice.training.stopping import Interrupted, SignalStop
 from vlmslice.training.trainer import StageTrainer
 
 DEFAULT_REPORTERS = ["tensorboard"]
@@ -37,6 +44,12 @@ def run_stage(stage: Stage, run_dir: Path, previous: Path | None, resume: bool =
 
     Returns:
         The folder of the saved model.
+
+    Raises:
+        Interrupted: SIGTERM or SIGINT came; a checkpoint was saved.
+        CheckpointError: a checkpoint or the model cannot be written.
+        DivergenceError: too many steps had to be skipped.
+        LostProcessError: another process died or stands still.
     """
     folder = run_dir / stage.name
     final = folder / "final"
@@ -57,14 +70,19 @@ def run_stage(stage: Stage, run_dir: Path, previous: Path | None, resume: bool =
             "or with --adamw"
         )
     arguments = training_arguments(stage, folder, num_processes)
+    if arguments.deepspeed:
+        _lengthen_scalars(model)
+    if is_deepspeed_zero3_enabled():
+        _gather_whole(model)
     trainer = StageTrainer(
         model=model,
         args=arguments,
-        train_dataset=whole_steps(stage),
+        train_dataset=whole_steps(stage, folder),
         data_collator=stage.collator,
         learning_rates=stage.learning_rates,
         muon=stage.muon,
         diagnostics_steps=stage.diagnostics_steps,
+        guard=stage.guard,
     )
     if not arguments.disable_tqdm:
         trainer.remove_callback(ProgressCallback)
@@ -72,19 +90,73 @@ def run_stage(stage: Stage, run_dir: Path, previous: Path | None, resume: bool =
     if trainer.is_world_process_zero():
         shutil.rmtree(folder / "incomplete" if resume else folder, ignore_errors=True)
     trainer.accelerator.wait_for_everyone()
-    checkpoint = last_complete_checkpoint(folder)
-    if checkpoint:
-        trainer.check_layout(checkpoint)
-    trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-    trainer.save_state()
+    _train(trainer, stage, folder)
     trained = _whole_model(trainer, stage, previous)
     if trainer.is_world_process_zero():
         aside = folder / "incomplete" / "final"
-        aside.mkdir(parents=True)
-        stage.save(trained, aside)
-        commit(aside, final)
+        with writing(final):
+            trainer.save_state()
+            aside.mkdir(parents=True)
+            stage.save(trained, aside)
+            commit(aside, final)
     trainer.accelerator.wait_for_everyone()
     return final
+
+
+def _train(trainer: StageTrainer, stage: Stage, folder: Path) -> None:
+    """Trains from the last complete checkpoint to the end, or to a signal."""
+    # Chosen in one process for all: reading it takes time, and they must not come to two answers.
+    found = [last_complete_checkpoint(folder) if trainer.is_world_process_zero() else None]
+    checkpoint = broadcast_object_list(found)[0]
+    if checkpoint:
+        trainer.check_layout(checkpoint)
+        trainer.load_guard(checkpoint)
+    with SignalStop() as stop:
+        trainer.add_callback(stop)
+        try:
+            trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+        except RuntimeError as error:
+            lost = trainer.whereabouts.explain(error)
+            if lost is None:
+                raise
+            raise lost from error
+        if stop.agreed:
+            trainer.accelerator.wait_for_everyone()  # for the process that saves; a launcher ends all with the first
+            step = trainer.state.global_step
+            raise Interrupted(
+                f"stage {stage.name!r} was stopped by a signal after step {step} and saved as "
+                f"{folder / f'checkpoint-{step}'}; give the same command again to go on"
+            )
+
+
+def _lengthen_scalars(model: nn.Module) -> None:
+    """Makes parameters without axes, such as gates, vectors of one; DeepSpeed cannot send the former."""
+    for module in model.modules():
+        for name, parameter in list(module.named_parameters(recurse=False)):
+            if parameter.ndim == 0:
+                setattr(module, name, nn.Parameter(parameter.detach().reshape(1), parameter.requires_grad))
+
+
+def _gather_whole(model: nn.Module) -> None:
+    """Has ZeRO-3 gather the weights of a module at its first use, where processes call its parts unequally often.
+
+    Stem and mixer run once for each shape of canvas, of which one process may have more than another; gathered part by
+    part, the weights of one would be mixed up with those of the other, or the processes would wait for ever.
+    """
+    from deepspeed.utils import set_z3_leaf_modules
+
+    classes = {type(module) for module in model.modules()} & {CanvasMixer, ConvStem}
+    if classes:
+        set_z3_leaf_modules(model, list(classes))
+    for module in model.modules():
+        if isinstance(module, ConvStem):
+            module.register_forward_pre_hook(_track_pixels)
+
+
+def _track_pixels(stem: nn.Module, args: tuple) -> tuple:
+    """Lets the backward pass reach the pixels: only there does ZeRO-3 learn that the stem's gradients are complete."""
+    pixels, *rest = args
+    return (pixels.detach().requires_grad_(torch.is_grad_enabled()), *rest)
 
 
 def check_reporters(stage: Stage) -> None:
@@ -113,6 +185,10 @@ def training_arguments(stage: Stage, folder: Path, num_processes: int) -> Traini
     defaults: dict[str, Any] = {"remove_unused_columns": False, "report_to": DEFAULT_REPORTERS}
     if use_cpu and num_processes > 1:
         defaults["ddp_backend"] = "gloo"
+        if not dist.is_initialized():
+            # transformers would do so as well, but with a timeout of half an hour, whatever ddp_timeout says.
+            seconds = stage.arguments.get("ddp_timeout", TrainingArguments.ddp_timeout)
+            dist.init_process_group("gloo", timeout=timedelta(seconds=seconds))
     return TrainingArguments(
         **defaults
         | stage.arguments
@@ -125,8 +201,11 @@ def training_arguments(stage: Stage, folder: Path, num_processes: int) -> Traini
     )
 
 
-def whole_steps(stage: Stage) -> Subset:
+def whole_steps(stage: Stage, folder: Path | None = None) -> Subset:
     """The dataset without the samples that fill no whole step: an epoch is then the same on any number of processes."""
+    dataset: Any = stage.dataset
+    if stage.max_skipped_share is not None and folder is not None:
+        dataset = TolerantDataset(dataset, folder / "skipped.jsonl", stage.max_skipped_share)
     num_samples = len(stage.dataset)  # type: ignore[arg-type]  # map-style datasets have a length
     num_steps = num_samples // stage.step_batch_size
     if not num_steps:
@@ -134,7 +213,7 @@ def whole_steps(stage: Stage) -> Subset:
             f"stage {stage.name!r} has {num_samples} samples, fewer than one step of {stage.step_batch_size}; give it "
             "more data or a smaller per_device_train_batch_size"
         )
-    return Subset(stage.dataset, range(num_steps * stage.step_batch_size))
+    return Subset(dataset, range(num_steps * stage.step_batch_size))
 
 
 def _whole_model(trainer: StageTrainer, stage: Stage, previous: Path | None) -> nn.Module:
@@ -149,5 +228,7 @@ def _whole_model(trainer: StageTrainer, stage: Stage, previous: Path | None) -> 
     unset_hf_deepspeed_config()
     model = stage.model(previous)
     if trainer.is_world_process_zero():
-        model.load_state_dict(weights)
+        # As they were before `_lengthen_scalars`.
+        shapes = {name: value.shape for name, value in model.state_dict().items()}
+        model.load_state_dict({name: value.reshape(shapes[name]) for name, value in weights.items()})
     return model

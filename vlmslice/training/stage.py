@@ -12,6 +12,7 @@ from torch import nn
 from torch.utils.data import Dataset
 
 from vlmslice.errors import VlmSliceError
+from vlmslice.training.guards import GuardConfig
 
 
 class TrainingError(VlmSliceError, ValueError):
@@ -34,6 +35,9 @@ class Stage:
             AdamW. See `optimizer`.
         save: writes the trained model to a folder in the form that others load.
         diagnostics_steps: optimizer steps between two looks at the parts of the model; see `diagnostics.Diagnostics`.
+        guard: when a step is skipped, and when the run is given up; see `guards`.
+        max_skipped_share: of conversations whose images cannot be loaded; None to stop at the first. They are listed
+            in `skipped.jsonl` in the folder of the stage; see `data.tolerant`.
     """
 
     name: str
@@ -45,6 +49,8 @@ class Stage:
     learning_rates: dict[str, float] = field(default_factory=dict)
     muon: tuple[str, ...] = ()
     diagnostics_steps: int | None = None
+    guard: GuardConfig = field(default_factory=GuardConfig)
+    max_skipped_share: float | None = None
 
     @property
     def step_batch_size(self) -> int:

@@ -14,11 +14,22 @@ from transformers import Trainer
 
 from vlmslice.loss_weighting import total_weight
 from vlmslice.matmul_peak import matmul_peak
-from vlmslice.training.checkpoints import MANIFEST, commit, complete_checkpoints, discard, seal_checkpoint
+from vlmslice.training.checkpoints import (
+    MANIFEST,
+    commit,
+    complete_checkpoints,
+    discard,
+    seal_checkpoint,
+    writing,
+)
 from vlmslice.training.diagnostics import Diagnostics
+from vlmslice.training.guards import DivergenceError, GuardConfig, StepGuard
 from vlmslice.training.optimizer import MuonAdamW, find_matrices
 from vlmslice.training.stage import TrainingError
 from vlmslice.training.throughput import Throughput
+from vlmslice.training.whereabouts import Whereabouts
+
+_GUARD = "guard.json"
 
 
 class StageTrainer(Trainer):
@@ -34,9 +45,12 @@ class StageTrainer(Trainer):
         learning_rates: dict[str, float] | None = None,
         muon: tuple[str, ...] = (),
         diagnostics_steps: int | None = None,
+        guard: GuardConfig | None = None,
         **kwargs,
     ):
         super().__init__(*args, **kwargs)
+        self.guard = StepGuard(guard or GuardConfig(), self.args.device)
+        self.whereabouts = Whereabouts()
         self._learning_rates = learning_rates or {}
         self._muon = muon
         self._sums: dict[str, float] = {}
@@ -48,12 +62,9 @@ class StageTrainer(Trainer):
         self._diagnostics = Diagnostics(diagnostics_steps)
         self.add_callback(self._diagnostics)
 
-    def training_step(self, model, inputs, *args, **kwargs):
-        with self._throughput.count(inputs):
-            return super().training_step(model, inputs, *args, **kwargs)
-
     def get_batch_samples(self, epoch_iterator, num_batches, device):
         """As the Trainer's, which counts answer ids; batches with `loss_weights` have these added up instead."""
+        self._tell("reads its batch")
         batches, num_items = super().get_batch_samples(epoch_iterator, num_batches, device)
         if num_items is not None and "loss_weights" in batches[0]:
             total = torch.stack([total_weight(batch) for batch in batches]).sum().to(device)
@@ -75,8 +86,9 @@ class StageTrainer(Trainer):
         loss = outputs["loss"]
         if num_items_in_batch is not None:
             num_items = total_weight(inputs)
-            # Gradients are averaged over the processes afterwards, and summed over the accumulated batches.
-            share = num_items / num_items_in_batch * self.accelerator.num_processes
+            # Gradients are averaged over the processes afterwards, and summed over the accumulated batches. A step all
+            # of whose samples were skipped (see `data.tolerant`) has no items.
+            share = num_items / max(num_items_in_batch, 1) * self.accelerator.num_processes
             auxiliary_loss = outputs.get("auxiliary_loss")
             if auxiliary_loss is None:
                 loss = loss * share
@@ -84,7 +96,53 @@ class StageTrainer(Trainer):
                 loss = (
                     loss - auxiliary_loss
                 ) * share + auxiliary_loss / self.args.gradient_accumulation_steps
+        self._tell("computes gradients")
         return (loss, outputs) if return_outputs else loss
+
+    def _tell(self, doing: str) -> None:
+        self.whereabouts.tell(self.state.global_step + 1, doing)
+
+    def _run_epoch(self, *args, **kwargs):
+        """One epoch; none if the last step was taken before the run was interrupted.
+
+        The Trainer looks whether it is done after each step only, and would take one too many.
+        """
+        if self.state.global_step >= self.state.max_steps:
+            self.control.should_training_stop = True
+        else:
+            super()._run_epoch(*args, **kwargs)
+
+    def _get_num_items_in_batch(self, *args, **kwargs):
+        self._tell("has read its batch")
+        return super()._get_num_items_in_batch(*args, **kwargs)
+
+    def training_step(self, model, inputs, *args, **kwargs):
+        self._tell("computes the loss")
+        with self._throughput.count(inputs):
+            loss = super().training_step(model, inputs, *args, **kwargs)
+        self.guard.add_loss(loss)
+        return loss
+
+    def _get_grad_norm(self, model, grad_norm=None):
+        """The gradient norm, after the guard has been asked. Gradients that are not to be used are dropped.
+
+        Without gradients an optimizer leaves weights and its own state as they are, bit for bit.
+        """
+        grad_norm = super()._get_grad_norm(model, grad_norm)
+        norm = float(grad_norm)
+        if self.accelerator.scaler is not None and not math.isfinite(norm):
+            norm = 0.0  # fp16: the loss scaler looks for its scale by such steps, and skips them itself
+        step = self.state.global_step + 1
+        is_admitted = self.guard.admits(norm, step)
+        if not is_admitted:
+            if self.is_deepspeed_enabled and not self.accelerator.optimizer_step_was_skipped:
+                raise DivergenceError(
+                    f"step {step}: the loss is not finite but its gradients are; DeepSpeed has taken the step, so "
+                    "the weights of this process are of no use; give the same command again to go on from the last "
+                    "checkpoint, or run without DeepSpeed, where such a step is skipped"
+                )
+            model.zero_grad()
+        return grad_norm
 
     def log(self, logs: dict[str, float], *args, **kwargs) -> None:
         if "loss" in logs:
@@ -95,6 +153,8 @@ class StageTrainer(Trainer):
                 pair[1] += count
             logs = logs | {name: round(value / count, 4) for name, (value, count) in sums.items()}
             logs |= self._diagnostics.take()
+            if self.guard.counts.skipped:
+                logs["skipped_steps"] = self.guard.counts.skipped
             self._sums, self._counts = {}, {}
             now = time.perf_counter()
             if self._last_log is not None:
@@ -169,17 +229,26 @@ class StageTrainer(Trainer):
         return os.path.join(folder, "incomplete") if self._writing_aside else folder
 
     def _save_checkpoint(self, model, trial) -> None:
-        """Has the Trainer write the checkpoint aside, then commits it and drops the oldest complete ones."""
-        self._writing_aside = True
-        super()._save_checkpoint(model, trial)
-        self._writing_aside = False
+        """Has the Trainer write the checkpoint aside, then commits it and drops the oldest complete ones.
+
+        Raises:
+            CheckpointError: it cannot be written.
+        """
+        self._tell("saves a checkpoint")
+        folder = Path(str(self.args.output_dir))
+        name = f"checkpoint-{self.state.global_step}"
+        aside = folder / "incomplete" / name
+        with writing(folder / name):
+            self._writing_aside = True
+            super()._save_checkpoint(model, trial)
+            self._writing_aside = False
         self.accelerator.wait_for_everyone()
         if not self.args.should_save:
             return
-        folder = Path(str(self.args.output_dir))
-        name = f"checkpoint-{self.state.global_step}"
-        seal_checkpoint(folder / "incomplete" / name, self._layout())
-        commit(folder / "incomplete" / name, folder / name)
+        with writing(folder / name):
+            (aside / _GUARD).write_text(json.dumps(self.guard.state_dict()) + "\n")
+            seal_checkpoint(aside, self._layout())
+            commit(aside, folder / name)
         if self.args.save_total_limit:
             for path in complete_checkpoints(folder)[: -self.args.save_total_limit]:
                 discard(path)
@@ -192,6 +261,12 @@ class StageTrainer(Trainer):
             "zero_stage": self.args.hf_deepspeed_config.config["zero_optimization"]["stage"],
             "num_processes": self.args.world_size,
         }
+
+    def load_guard(self, checkpoint: Path) -> None:
+        """Gives the guard what it knew when `checkpoint` was written."""
+        path = checkpoint / _GUARD
+        if path.exists():  # not in those written before there was a guard
+            self.guard.load_state_dict(json.loads(path.read_text()))
 
     def check_layout(self, checkpoint: Path) -> None:
         """Raises `TrainingError` if `checkpoint` was written under another ZeRO stage or number of processes."""
