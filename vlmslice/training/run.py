@@ -14,12 +14,16 @@ from transformers import ProgressCallback, TrainingArguments, set_seed
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from vlmslice.training.checkpoints import commit, last_complete_checkpoint
+from vlmslice.training.decay import start_at
 from vlmslice.training.progress import SampleProgress
+from vlmslice.training.record import RECORD_FILE, check_same_start, describe_stage, write_record
 from vlmslice.training.stage import Stage, TrainingError, share_batch
-from vlmslice.training.trainer import StageTrainer
+from vlmslice.training.trainer import StageTrainer, mean_loss
 
 
-def run_stage(stage: Stage, run_dir: Path, previous: Path | None, resume: bool = True) -> Path:
+def run_stage(
+    stage: Stage, run_dir: Path, previous: Path | None, resume: bool = True, recipe: str | None = None
+) -> Path:
     """Trains one stage and saves its model under `run_dir / stage.name / "final"`.
 
     A stage that has been saved is not run again; one that was interrupted goes on from its last complete checkpoint.
@@ -28,12 +32,18 @@ def run_stage(stage: Stage, run_dir: Path, previous: Path | None, resume: bool =
     Args:
         previous: the saved model of the stage before.
         resume: False deletes what the stage has left in `run_dir` and begins anew.
+        recipe: name of the recipe, for `recipe.json`; see `record`.
 
     Returns:
         The folder of the saved model.
+
+    Raises:
+        TrainingError: the stage cannot be run as asked.
     """
     folder = run_dir / stage.name
     final = folder / "final"
+    if resume:
+        check_same_start(stage, folder)
     if resume and final.exists():
         return final
     num_processes = int(os.environ.get("WORLD_SIZE", "1"))
@@ -53,6 +63,8 @@ def run_stage(stage: Stage, run_dir: Path, previous: Path | None, resume: bool =
         model=model,
         args=arguments,
         train_dataset=_whole_steps(stage),
+        eval_dataset=stage.eval_dataset,
+        compute_metrics=mean_loss,
         data_collator=stage.collator,
         learning_rates=stage.learning_rates,
         muon=stage.muon,
@@ -66,6 +78,10 @@ def run_stage(stage: Stage, run_dir: Path, previous: Path | None, resume: bool =
     checkpoint = last_complete_checkpoint(folder)
     if checkpoint:
         trainer.check_layout(checkpoint)
+    elif stage.starts_at:
+        start_at(trainer, stage.starts_at)
+    if trainer.is_world_process_zero():
+        write_record(folder, describe_stage(stage, arguments, recipe, previous), checkpoint)
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     trainer.save_state()
     trained = _whole_model(trainer, stage, previous)
@@ -73,6 +89,7 @@ def run_stage(stage: Stage, run_dir: Path, previous: Path | None, resume: bool =
         aside = folder / "incomplete" / "final"
         aside.mkdir(parents=True)
         stage.save(trained, aside)
+        shutil.copy(folder / RECORD_FILE, aside)
         commit(aside, final)
     trainer.accelerator.wait_for_everyone()
     return final
@@ -103,6 +120,9 @@ def _training_arguments(stage: Stage, folder: Path, num_processes: int) -> Train
 def _whole_steps(stage: Stage) -> Dataset:
     """The dataset without the samples that fill no whole step: an epoch is then the same on any number of processes."""
     num_samples = len(stage.dataset)  # type: ignore[arg-type]  # map-style datasets have a length
+    if stage.fills_steps:
+        num_filled = -(-num_samples // stage.step_batch_size) * stage.step_batch_size
+        return Subset(stage.dataset, [i % num_samples for i in range(num_filled)])
     num_steps = num_samples // stage.step_batch_size
     if not num_steps:
         raise TrainingError(

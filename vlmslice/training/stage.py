@@ -33,6 +33,10 @@ class Stage:
         muon: beginnings of the names of the layers whose matrices Muon trains; the rest, or all by default, is left to
             AdamW. See `optimizer`.
         save: writes the trained model to a folder in the form that others load.
+        eval_dataset: its loss is logged at the intervals that `arguments` tell, `eval_loss`.
+        fills_steps: the last step of an epoch is filled up with the first samples, so that every sample is seen. By
+            default the samples that fill no whole step are left out.
+        starts_at: a checkpoint of another run whose weights and optimizer state this stage begins with; see `decay`.
     """
 
     name: str
@@ -43,6 +47,9 @@ class Stage:
     save: Callable[[nn.Module, Path], None]
     learning_rates: dict[str, float] = field(default_factory=dict)
     muon: tuple[str, ...] = ()
+    eval_dataset: Dataset | None = None
+    fills_steps: bool = False
+    starts_at: Path | None = None
 
     @property
     def step_batch_size(self) -> int:

@@ -8,13 +8,21 @@ import os
 import time
 from pathlib import Path
 
+import numpy as np
+import torch
+import torch.nn.functional as F
 from accelerate.utils import gather_object
-from transformers import Trainer
+from transformers import EvalPrediction, Trainer
 
 from vlmslice.data.collator import IGNORED
 from vlmslice.training.checkpoints import MANIFEST, commit, complete_checkpoints, discard, seal_checkpoint
 from vlmslice.training.optimizer import MuonAdamW, find_matrices
 from vlmslice.training.stage import TrainingError
+
+
+def mean_loss(sums: EvalPrediction) -> dict[str, float]:
+    """Mean loss of an answer id over a whole evaluation, from what `StageTrainer.prediction_step` gives."""
+    return {"loss": float(np.sum(sums.predictions) / np.sum(sums.label_ids))}
 
 
 class StageTrainer(Trainer):
@@ -63,6 +71,20 @@ class StageTrainer(Trainer):
                     loss - auxiliary_loss
                 ) * share + auxiliary_loss / self.args.gradient_accumulation_steps
         return (loss, outputs) if return_outputs else loss
+
+    def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
+        """For each sample the sum of the losses of its answer ids, and their number, in place of logits and labels.
+
+        The Trainer's own figure, a mean over batches, would depend on how samples are batched.
+        """
+        inputs = self._prepare_inputs(inputs)
+        with torch.no_grad(), self.compute_loss_context_manager():
+            logits_BLV = model(**inputs)["logits"][:, :-1].float()
+        labels_BL = inputs["labels"][:, 1:]
+        losses_BL = F.cross_entropy(
+            logits_BLV.transpose(1, 2), labels_BL, reduction="none", ignore_index=IGNORED
+        )
+        return None, losses_BL.sum(1), (labels_BL != IGNORED).sum(1)
 
     def log(self, logs: dict[str, float], *args, **kwargs) -> None:
         if "loss" in logs:
