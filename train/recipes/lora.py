@@ -43,8 +43,8 @@ def lora(
     """Trains low-rank updates of a model's matrices on your conversations; see docs/finetuning.md.
 
     Options: `parts`, some of `vision_encoder,connector,language_model`, or `all-linear` for all of them; `rank`,
-    `alpha` and `dropout` of LoRA; `dtype` of the saved weights. The learning rate is ten times that of `sft`, as suits
-    LoRA (Schulman et al., 2025, "LoRA without regret").
+    `alpha` and `dropout` of LoRA; `dtype` of the saved weights. The learning rate is ten times that of `sft`,
+    as suits LoRA (Schulman et al., 2025, https://thinkingmachines.ai/blog/lora/).
 
     Command: `python train/train.py --recipe lora --data FILE.jsonl --output-dir runs/lora`
     Hardware: as `sft`, with less memory for the optimizer.
@@ -58,7 +58,7 @@ def lora(
             full,
             name="lora",
             model=partial(build_model, folder, chosen, rank, alpha, dropout),
-            arguments=full.arguments | {"learning_rate": 1e-3},
+            arguments=full.arguments | {"learning_rate": 3e-3},
             save=partial(save_merged, full.collator.processor, dtype),
             learning_rates={},
         )

@@ -72,7 +72,7 @@ def sft(
             model=partial(build_model, folder, factors),
             dataset=ConversationMixture(data),
             collator=VlmSliceCollator(processor, max_length=read_max_length(folder)),
-            arguments=COMMON | {"learning_rate": 1e-4} | (EVALUATION if eval_data else {}),
+            arguments=COMMON | {"learning_rate": 3e-4} | (EVALUATION if eval_data else {}),
             save=partial(save_model, processor, dtype),
             learning_rates=learning_rates_of(factors),
             eval_dataset=ConversationMixture(eval_data) if eval_data else None,
