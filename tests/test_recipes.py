@@ -148,7 +148,7 @@ def test_sft(train: Train, model: Path, data: Path, tmp_path: Path) -> None:
 
 def test_sft_freezes_parts_and_saves_bf16(train: Train, model: Path, data: Path, tmp_path: Path) -> None:
     code, output = train(
-        "--recipe", "sft", "--model", model, "--data", data, "--output-dir", tmp_path, *FAST, "--max-steps", 1,
+        "--recipe", "sft", "--model", model, "--data", data, "--output-dir", tmp_path, *FAST, "--max-steps", 2,
         "--set", "learning_rate=0.1", "--option", "vision_encoder=0", "--option", "language_model=0",
         "--option", "dtype=bfloat16",
     )  # fmt: skip

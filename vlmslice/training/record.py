@@ -148,9 +148,10 @@ def describe(value: Any) -> Any:
     name = f"{kind.__module__}.{kind.__qualname__}"
     if isinstance(value, (PushToHubMixin, nn.Module)):
         return name
+    names: Collection[str] = ()
     if dataclasses.is_dataclass(kind):
-        names: Collection[str] = [field.name for field in dataclasses.fields(kind)]
-    else:
+        names = [field.name for field in dataclasses.fields(kind)]
+    elif inspect.isfunction(kind.__init__) or inspect.isfunction(kind.__new__):  # not so in C, as a tensor's
         names = inspect.signature(kind).parameters
     described = {"class": name} | {key: describe(getattr(value, key)) for key in names if hasattr(value, key)}
     if hasattr(kind, "__len__"):
