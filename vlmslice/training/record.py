@@ -176,7 +176,9 @@ def _changed_arguments(arguments: TrainingArguments) -> dict[str, Any]:
         if field.init
     }
     # transformers turns this None into its defaults, and other empty values into each other.
-    defaults["accelerator_config"] = AcceleratorConfig().to_dict()
+    accelerator = AcceleratorConfig().to_dict()
+    accelerator.pop("use_configured_state", None)  # as TrainingArguments does
+    defaults["accelerator_config"] = accelerator
     return {
         name: describe(value)
         for name, value in sorted(arguments.to_dict().items())
