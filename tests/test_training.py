@@ -319,7 +319,10 @@ def test_help_and_list(app) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ([], "--recipe is missing; expected one of align, nano, nano_pixel_unshuffle, nano_resampler, tiny"),
+        (
+            [],
+            "--recipe is missing; expected one of align, lora, nano, nano_pixel_unshuffle, nano_resampler, ",
+        ),
         (["--recipe", "align"], "starts from a saved model; add --model FOLDER"),
         (["--recipe", "tiny", "--model", "x"], "takes no --model; got 'x'"),
         (["--recipe", "align", "--model", "/nowhere"], "it has no config.json"),
@@ -458,14 +461,23 @@ def test_labels_of_the_tiny_recipe_cover_answers_only() -> None:
         assert len(stage.collator.processor.find_points(labels[learnt].tolist())) == len(sample.points)
 
 
-def test_every_recipe_describes_its_stages(reference: Path) -> None:
-    from recipes import build_stages, find_recipe, recipe_names
+def test_every_recipe_describes_its_stages(reference: Path, tmp_path: Path) -> None:
+    from recipes import build_stages, find_recipe, recipe_names, required_inputs
+
+    from vlmslice.data.sources import Source
+
+    chats = tmp_path / "chats.jsonl"
+    chats.write_text(
+        8 * '{"messages": [{"role": "user", "content": "?"}, {"role": "assistant", "content": "!"}]}\n'
+    )
+    inputs = {"--model": {"model": reference / "answer" / "final"}, "--data": {"data": [Source(chats)]}}
 
     known = {f.name for f in fields(TrainingArguments)}
     assert {"nano", "tiny"} <= set(recipe_names())
     for name in recipe_names():
         assert f"--recipe {name}" in find_recipe(name).__doc__
-        stages = build_stages(name, reference / "answer" / "final" if name == "align" else None)
+        needed = [inputs[option] for option in required_inputs(find_recipe(name))]
+        stages = build_stages(name, **{key: value for part in needed for key, value in part.items()})
         assert len({stage.name for stage in stages}) == len(stages) > 0
         for stage in stages:
             assert stage.arguments.keys() <= known

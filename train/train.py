@@ -33,6 +33,21 @@ def train(
             help="Folder of labelled photographs, for a recipe that can use them; see docs/data.md."
         ),
     ] = None,
+    data: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="FILE[:WEIGHT]",
+            help="Conversations to train on, for a recipe that takes them; see docs/finetuning.md. Repeatable.",
+        ),
+    ] = None,
+    eval_data: Annotated[
+        list[str] | None,
+        typer.Option(metavar="FILE[:WEIGHT]", help="Conversations whose loss is measured. Repeatable."),
+    ] = None,
+    option: Annotated[
+        list[str] | None,
+        typer.Option(metavar="KEY=VALUE", help="An option of the recipe, such as rank=8. Repeatable."),
+    ] = None,
     output_dir: Annotated[
         Path | None, typer.Option(help="Folder of the run; runs/RECIPE by default.")
     ] = None,
@@ -43,9 +58,20 @@ def train(
     setting: Annotated[
         list[str] | None,
         typer.Option(
-            "--set", metavar="KEY=VALUE", help="Overrides a training argument of the recipe; repeatable."
+            "--set",
+            metavar="[STAGE.]KEY=VALUE",
+            help="Overrides a training argument of the recipe, in all stages or in one; repeatable.",
         ),
     ] = None,
+    decay_from: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="CHECKPOINT",
+            help="Branch off RUN/STAGE/checkpoint-N into a stage `decay`, whose learning rate falls to 0 within "
+            "--max-steps.",
+        ),
+    ] = None,
+    decay_shape: Annotated[str, typer.Option(help="Of the learning rate: linear or 1-sqrt.")] = "linear",
     deepspeed: Annotated[
         Path | None, typer.Option(help="DeepSpeed config, e.g. train/deepspeed/zero2.json; needs a launcher.")
     ] = None,
@@ -89,6 +115,11 @@ def train(
                 restart,
                 dry_run,
                 world_size,
+                data or [],
+                eval_data or [],
+                option or [],
+                decay_from,
+                decay_shape,
             )
     except Interrupted as error:
         if os.environ.get("RANK", "0") == "0":
@@ -100,13 +131,13 @@ def train(
 
 
 def print_recipes() -> None:
-    from recipes import find_recipe, recipe_names, starts_from_model
+    from recipes import find_recipe, recipe_names, required_inputs
 
     for name in recipe_names():
         function = find_recipe(name)
         typer.echo(f"{name}: {(function.__doc__ or '').splitlines()[0]}")
-        if starts_from_model(function):
-            typer.echo("  its stages depend on --model")
+        if needed := required_inputs(function):
+            typer.echo(f"  its stages depend on {', '.join(needed)}")
             continue
         for stage in function():
             typer.echo(
@@ -128,12 +159,19 @@ def run(
     restart: bool,
     dry_run: bool,
     world_size: int | None,
+    data: list[str],
+    eval_data: list[str],
+    options: list[str],
+    decay_from: Path | None,
+    decay_shape: str,
 ) -> None:
     """Runs the stages of a recipe, or only the stage named `only`; or, in a dry run, prints what they will cost."""
     from recipes import RecipeError, build_stages, check_name, recipe_names
     from transformers.utils.logging import disable_progress_bar
 
+    from vlmslice.data.sources import parse_source
     from vlmslice.training import run_stage
+    from vlmslice.training.decay import decay_stage
 
     disable_progress_bar()  # of every file written; the bar of the stage is our own
     if recipe is None:
@@ -148,7 +186,9 @@ def run(
             "--dry-run runs in one process and tells of ZeRO-0 to 3; leave the launcher and --deepspeed out, and add "
             "--world-size N"
         )
-    overrides = parse_settings(settings)
+    if dry_run and decay_from is not None:
+        raise RecipeError("--dry-run tells of the stages of a recipe, not of a decay; leave --decay-from out")
+    overrides, overrides_of_stages = parse_settings(settings)
     if max_steps is not None:
         overrides["max_steps"] = max_steps
     if deepspeed is not None:
@@ -160,17 +200,31 @@ def run(
         if not deepspeed.is_file():
             raise RecipeError(f"DeepSpeed config {deepspeed} is not a file; see train/deepspeed/")
         overrides["deepspeed"] = str(deepspeed)
-    stages = build_stages(recipe, model, data_root)
+    files, eval_files = ([parse_source(text) for text in texts] for texts in (data, eval_data))
+    stages = build_stages(recipe, model, data_root, files, eval_files, dict(map(parse_option, options)))
+    names = [s.name for s in stages]
     if only is not None:
-        check_name(f"stage of recipe {recipe!r}", only, [s.name for s in stages])
+        check_name(f"stage of recipe {recipe!r}", only, names)
+    for name in overrides_of_stages:
+        check_name(f"stage of recipe {recipe!r}", name, [*names, "decay"] if decay_from else names)
     folder = output_dir or Path("runs") / recipe
     if dry_run:
-        print_estimates([apply(stage, overrides, adamw) for stage in stages], folder, only, world_size or 1)
+        resolved = [override(s, overrides | overrides_of_stages.get(s.name, {}), adamw) for s in stages]
+        print_estimates(resolved, folder, only, world_size or 1)
         return
-    previous = None
+    previous: Path | None = None
+    if decay_from is not None:
+        if only is not None:
+            raise RecipeError(f"--decay-from runs a stage of its own; leave --stage {only} out")
+        trunk, previous = find_trunk(recipe, stages, decay_from)
+        overrides |= overrides_of_stages.get(trunk.name, {}) | overrides_of_stages.get("decay", {})
+        branch = decay_stage(override(trunk, overrides, adamw), decay_from, decay_shape, new_data=bool(data))
+        previous = run_stage(branch, folder, previous, resume=not restart, recipe=recipe)
+        stages = []
     for stage in stages:
         if only is None or stage.name == only:
-            previous = run_stage(apply(stage, overrides, adamw), folder, previous, resume=not restart)
+            stage = override(stage, overrides | overrides_of_stages.get(stage.name, {}), adamw)
+            previous = run_stage(stage, folder, previous, resume=not restart, recipe=recipe)
         else:
             previous = folder / stage.name / "final"
             if not previous.exists():
@@ -183,8 +237,8 @@ def run(
         typer.echo(f"saved: {previous}")
 
 
-def apply(stage: Stage, overrides: dict[str, Any], adamw: bool) -> Stage:
-    """The stage with the options of the command."""
+def override(stage: Stage, overrides: dict[str, Any], adamw: bool) -> Stage:
+    """A stage with some training arguments changed, and without Muon if `adamw`."""
     muon = () if adamw else stage.muon
     return dataclasses.replace(stage, arguments=stage.arguments | overrides, muon=muon)
 
@@ -206,23 +260,49 @@ def print_estimates(stages: list[Stage], folder: Path, only: str | None, world_s
     )
 
 
-def parse_settings(settings: list[str]) -> dict[str, Any]:
-    """`["learning_rate=1e-3", "optim=adamw_torch"]` -> a dict; values are JSON where they can be, else text."""
-    from recipes import RecipeError, check_name
+def find_trunk(recipe: str, stages: list[Stage], checkpoint: Path) -> tuple[Stage, Path | None]:
+    """The stage that `RUN/STAGE/checkpoint-N` is of, and the saved model of the one before it."""
+    from recipes import check_name
+
+    names = [stage.name for stage in stages]
+    folder = checkpoint.absolute().parent
+    check_name(f"stage of recipe {recipe!r}", folder.name, names)
+    number = names.index(folder.name)
+    return stages[number], folder.parent / names[number - 1] / "final" if number else None
+
+
+def parse_settings(settings: list[str]) -> tuple[dict[str, Any], dict[str, dict[str, Any]]]:
+    """`["learning_rate=1e-3", "eye.seed=1"]` -> what holds for all stages, and for each stage named."""
+    from recipes import check_name
     from transformers import TrainingArguments
 
     names = [f.name for f in dataclasses.fields(TrainingArguments) if f.init]
-    parsed = {}
+    of_all: dict[str, Any] = {}
+    of_stages: dict[str, dict[str, Any]] = {}
     for setting in settings:
-        key, equals, value = setting.partition("=")
-        if not equals:
-            raise RecipeError(f"--set {setting!r} has no value; expected KEY=VALUE")
+        key, value = parse_assignment("--set", setting)
+        stage, _, key = key.rpartition(".")
         check_name("training argument", key, names)
-        try:
-            parsed[key] = json.loads(value)
-        except json.JSONDecodeError:
-            parsed[key] = value
-    return parsed
+        (of_stages.setdefault(stage, {}) if stage else of_all)[key] = value
+    return of_all, of_stages
+
+
+def parse_option(option: str) -> tuple[str, Any]:
+    """`"rank=8"` -> name and value of an option of a recipe."""
+    return parse_assignment("--option", option)
+
+
+def parse_assignment(flag: str, text: str) -> tuple[str, Any]:
+    """`"rank=8"` -> `("rank", 8)`; the value is JSON where it can be, else text."""
+    from recipes import RecipeError
+
+    key, equals, value = text.partition("=")
+    if not equals:
+        raise RecipeError(f"{flag} {text!r} has no value; expected KEY=VALUE")
+    try:
+        return key, json.loads(value)
+    except json.JSONDecodeError:
+        return key, value
 
 
 if __name__ == "__main__":

@@ -48,6 +48,11 @@ def read_slicing_config(folder: str | Path | None = None) -> SlicingConfig:
     return SlicingConfig.from_dict(_read_config(path)["slicing"])
 
 
+def read_max_length(folder: str | Path | None = None) -> int | None:
+    """Most ids that a saved model takes, prompt and answer together; None if its config does not tell."""
+    return _read_config(find_model(folder)).get("text_config", {}).get("max_position_embeddings")
+
+
 def _read_config(path: Path) -> dict[str, Any]:
     expected = "expected a folder with a vlmslice model (config.json, model.safetensors, processor files)"
     try:

@@ -26,6 +26,7 @@ def build_model(folder: Path, previous: Path | None) -> nn.Module:
 
 
 def save_model(processor: VlmSliceProcessor, model: nn.Module, folder: Path) -> None:
+    model.config.use_cache = True  # the Trainer turns it off
     model.save_pretrained(folder)
     processor.save_pretrained(folder)
 

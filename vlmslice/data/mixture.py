@@ -27,6 +27,7 @@ class MixedDataset(Dataset):
     def __init__(
         self, sources: Sequence[tuple[Sequence[Any], float]], num_samples: int, group: int, seed: int = 0
     ):
+        self.sources, self.seed = list(sources), seed
         self.datasets = [dataset for dataset, _ in sources]
         self.num_samples, self.group = num_samples, group
         shares = [share for _, share in sources]
@@ -51,7 +52,7 @@ class ShuffledDataset(Sequence[Any]):
     """The samples of another dataset in an order drawn from a seed."""
 
     def __init__(self, dataset: Sequence[Any], seed: int = 0):
-        self.dataset = dataset
+        self.dataset, self.seed = dataset, seed
         self._order = list(range(len(dataset)))
         sample_rng(seed, "shuffle", 0).shuffle(self._order)
 

@@ -21,18 +21,22 @@ from vlmslice.canvas_mixer import CanvasMixer
 from vlmslice.conv_stem import ConvStem
 from vlmslice.data.tolerant import TolerantDataset
 from vlmslice.training.checkpoints import commit, last_complete_checkpoint, writing
+from vlmslice.training.decay import start_at
 from vlmslice.training.freezing import format_parts, measure_parts
 from vlmslice.training.progress import SampleProgress
+from vlmslice.training.record import RECORD_FILE, check_same_start, describe_stage, write_record
 from vlmslice.training.stage import Stage, TrainingError, share_batch
 from vlmslice.training.stopping import Interrupted, SignalStop
-from vlmslice.training.trainer import StageTrainer
+from vlmslice.training.trainer import StageTrainer, mean_loss
 
 DEFAULT_REPORTERS = ["tensorboard"]
 
 _EXTRAS = {"tensorboard": "train", "trackio": "trackio", "wandb": "wandb"}
 
 
-def run_stage(stage: Stage, run_dir: Path, previous: Path | None, resume: bool = True) -> Path:
+def run_stage(
+    stage: Stage, run_dir: Path, previous: Path | None, resume: bool = True, recipe: str | None = None
+) -> Path:
     """Trains one stage and saves its model under `run_dir / stage.name / "final"`.
 
     A stage that has been saved is not run again; one that was interrupted goes on from its last complete checkpoint.
@@ -41,11 +45,13 @@ def run_stage(stage: Stage, run_dir: Path, previous: Path | None, resume: bool =
     Args:
         previous: the saved model of the stage before.
         resume: False deletes what the stage has left in `run_dir` and begins anew.
+        recipe: name of the recipe, for `recipe.json`; see `record`.
 
     Returns:
         The folder of the saved model.
 
     Raises:
+        TrainingError: the stage cannot be run as asked.
         Interrupted: SIGTERM or SIGINT came; a checkpoint was saved.
         CheckpointError: a checkpoint or the model cannot be written.
         DivergenceError: too many steps had to be skipped.
@@ -53,6 +59,8 @@ def run_stage(stage: Stage, run_dir: Path, previous: Path | None, resume: bool =
     """
     folder = run_dir / stage.name
     final = folder / "final"
+    if resume:
+        check_same_start(stage, folder)
     if resume and final.exists():
         return final
     check_reporters(stage)
@@ -78,6 +86,8 @@ def run_stage(stage: Stage, run_dir: Path, previous: Path | None, resume: bool =
         model=model,
         args=arguments,
         train_dataset=whole_steps(stage, folder),
+        eval_dataset=stage.eval_dataset,
+        compute_metrics=mean_loss,
         data_collator=stage.collator,
         learning_rates=stage.learning_rates,
         muon=stage.muon,
@@ -90,7 +100,7 @@ def run_stage(stage: Stage, run_dir: Path, previous: Path | None, resume: bool =
     if trainer.is_world_process_zero():
         shutil.rmtree(folder / "incomplete" if resume else folder, ignore_errors=True)
     trainer.accelerator.wait_for_everyone()
-    _train(trainer, stage, folder)
+    _train(trainer, stage, folder, describe_stage(stage, arguments, recipe, previous))
     trained = _whole_model(trainer, stage, previous)
     if trainer.is_world_process_zero():
         aside = folder / "incomplete" / "final"
@@ -98,19 +108,25 @@ def run_stage(stage: Stage, run_dir: Path, previous: Path | None, resume: bool =
             trainer.save_state()
             aside.mkdir(parents=True)
             stage.save(trained, aside)
+            shutil.copy(folder / RECORD_FILE, aside)
             commit(aside, final)
     trainer.accelerator.wait_for_everyone()
     return final
 
 
-def _train(trainer: StageTrainer, stage: Stage, folder: Path) -> None:
-    """Trains from the last complete checkpoint to the end, or to a signal."""
+def _train(trainer: StageTrainer, stage: Stage, folder: Path, record: dict[str, Any]) -> None:
+    """Trains from the last complete checkpoint to the end, or to a signal; `record` tells what is run."""
     # Chosen in one process for all: reading it takes time, and they must not come to two answers.
     found = [last_complete_checkpoint(folder) if trainer.is_world_process_zero() else None]
     checkpoint = broadcast_object_list(found)[0]
     if checkpoint:
         trainer.check_layout(checkpoint)
         trainer.load_guard(checkpoint)
+    elif stage.starts_at:
+        start_at(trainer, stage.starts_at)
+    if trainer.is_world_process_zero():
+        with writing(folder / RECORD_FILE):
+            write_record(folder, record, checkpoint)
     with SignalStop() as stop:
         trainer.add_callback(stop)
         try:
@@ -207,6 +223,9 @@ def whole_steps(stage: Stage, folder: Path | None = None) -> Subset:
     if stage.max_skipped_share is not None and folder is not None:
         dataset = TolerantDataset(dataset, folder / "skipped.jsonl", stage.max_skipped_share)
     num_samples = len(stage.dataset)  # type: ignore[arg-type]  # map-style datasets have a length
+    if stage.fills_steps:
+        num_filled = -(-num_samples // stage.step_batch_size) * stage.step_batch_size
+        return Subset(dataset, [i % num_samples for i in range(num_filled)])
     num_steps = num_samples // stage.step_batch_size
     if not num_steps:
         raise TrainingError(

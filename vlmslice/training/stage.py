@@ -38,6 +38,10 @@ class Stage:
         guard: when a step is skipped, and when the run is given up; see `guards`.
         max_skipped_share: of conversations whose images cannot be loaded; None to stop at the first. They are listed
             in `skipped.jsonl` in the folder of the stage; see `data.tolerant`.
+        eval_dataset: its loss is logged at the intervals that `arguments` tell, `eval_loss`.
+        fills_steps: the last step of an epoch is filled up with the first samples, so that every sample is seen. By
+            default the samples that fill no whole step are left out.
+        starts_at: a checkpoint of another run whose weights and optimizer state this stage begins with; see `decay`.
     """
 
     name: str
@@ -51,6 +55,9 @@ class Stage:
     diagnostics_steps: int | None = None
     guard: GuardConfig = field(default_factory=GuardConfig)
     max_skipped_share: float | None = None
+    eval_dataset: Dataset | None = None
+    fills_steps: bool = False
+    starts_at: Path | None = None
 
     @property
     def step_batch_size(self) -> int:

@@ -8,10 +8,13 @@ import os
 import time
 from pathlib import Path
 
+import numpy as np
 import torch
+import torch.nn.functional as F
 from accelerate.utils import gather_object
-from transformers import Trainer
+from transformers import EvalPrediction, Trainer
 
+from vlmslice.data.collator import IGNORED
 from vlmslice.loss_weighting import total_weight
 from vlmslice.matmul_peak import matmul_peak
 from vlmslice.training.checkpoints import (
@@ -30,6 +33,11 @@ from vlmslice.training.throughput import Throughput
 from vlmslice.training.whereabouts import Whereabouts
 
 _GUARD = "guard.json"
+
+
+def mean_loss(sums: EvalPrediction) -> dict[str, float]:
+    """Mean loss of an answer id over a whole evaluation, from what `StageTrainer.prediction_step` gives."""
+    return {"loss": float(np.sum(sums.predictions) / np.sum(sums.label_ids))}
 
 
 class StageTrainer(Trainer):
@@ -143,6 +151,20 @@ class StageTrainer(Trainer):
                 )
             model.zero_grad()
         return grad_norm
+
+    def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
+        """For each sample the sum of the losses of its answer ids, and their number, in place of logits and labels.
+
+        The Trainer's own figure, a mean over batches, would depend on how samples are batched.
+        """
+        inputs = self._prepare_inputs(inputs)
+        with torch.no_grad(), self.compute_loss_context_manager():
+            logits_BLV = model(**inputs)["logits"][:, :-1].float()
+        labels_BL = inputs["labels"][:, 1:]
+        losses_BL = F.cross_entropy(
+            logits_BLV.transpose(1, 2), labels_BL, reduction="none", ignore_index=IGNORED
+        )
+        return None, losses_BL.sum(1), (labels_BL != IGNORED).sum(1)
 
     def log(self, logs: dict[str, float], *args, **kwargs) -> None:
         if "loss" in logs:
