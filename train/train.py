@@ -23,6 +23,9 @@ def train(
     model: Annotated[
         Path | None, typer.Option(help="Folder of a saved model, for a recipe that starts from one.")
     ] = None,
+    teacher: Annotated[
+        Path | None, typer.Option(help="Folder of a saved model, for a recipe that learns from another.")
+    ] = None,
     data_root: Annotated[
         Path | None,
         typer.Option(
@@ -65,6 +68,7 @@ def train(
             run(
                 recipe,
                 model,
+                teacher,
                 data_root,
                 output_dir,
                 stage,
@@ -98,6 +102,7 @@ def print_recipes() -> None:
 def run(
     recipe: str | None,
     model: Path | None,
+    teacher: Path | None,
     data_root: Path | None,
     output_dir: Path | None,
     only: str | None,
@@ -128,7 +133,7 @@ def run(
         if not deepspeed.is_file():
             raise RecipeError(f"DeepSpeed config {deepspeed} is not a file; see train/deepspeed/")
         overrides["deepspeed"] = str(deepspeed)
-    stages = build_stages(recipe, model, data_root)
+    stages = build_stages(recipe, model, data_root, teacher)
     if only is not None:
         check_name(f"stage of recipe {recipe!r}", only, [s.name for s in stages])
     folder = output_dir or Path("runs") / recipe

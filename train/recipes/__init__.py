@@ -4,7 +4,8 @@
 
 Its docstring gives command, hardware, time and expected figures. Calling it builds datasets and settings, but no
 model: that happens when a stage is run. A recipe that starts from a saved model takes its folder: `align(model)`; one
-that can train on labelled photographs, too, takes theirs: `nano(data_root)`.
+that can train on labelled photographs, too, takes theirs: `nano(data_root)`; one that learns from another model, that one's:
+`distil(model, teacher)`.
 """
 
 from __future__ import annotations
@@ -40,8 +41,10 @@ def starts_from_model(recipe: Callable[..., list[Stage]]) -> bool:
     return "model" in inspect.signature(recipe).parameters
 
 
-def build_stages(name: str, model: Path | None = None, data_root: Path | None = None) -> list[Stage]:
-    """Calls the recipe `name`, with the folder `model` if it starts from one, and `data_root` if that is given."""
+def build_stages(
+    name: str, model: Path | None = None, data_root: Path | None = None, teacher: Path | None = None
+) -> list[Stage]:
+    """Calls the recipe `name`, with the folder `model` if it starts from one, and the other folders if given."""
     recipe = find_recipe(name)
     options: dict[str, Path] = {}
     if data_root is not None:
@@ -50,6 +53,10 @@ def build_stages(name: str, model: Path | None = None, data_root: Path | None = 
                 f"recipe {name!r} trains on rendered pictures only and takes no --data-root; got {str(data_root)!r}"
             )
         options["data_root"] = data_root
+    if teacher is not None:
+        if "teacher" not in inspect.signature(recipe).parameters:
+            raise RecipeError(f"recipe {name!r} has no teacher and takes no --teacher; got {str(teacher)!r}")
+        options["teacher"] = teacher
     if not starts_from_model(recipe):
         if model is not None:
             raise RecipeError(f"recipe {name!r} starts from nothing and takes no --model; got {str(model)!r}")

@@ -6,6 +6,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
+
+from vlmslice.config import VlmSliceConfig
 from vlmslice.errors import VlmSliceError
 from vlmslice.model_files import ModelError, find_model, find_weights
 from vlmslice.modeling import VlmSliceForConditionalGeneration
@@ -38,13 +41,15 @@ def prune_folder(
         PruningError: So many layers cannot be removed.
         ShrinkingError: There are no fonts to render samples with, or `target` is in use.
     """
-    model, processor, path = _load(source, target)
+    # Influence is measured in fp32, in which CPUs compute; what is left is saved as it was.
+    model, processor, path = _load(source, target, torch.float32)
     try:
         batches = rendered_batches(processor, num_samples)
     except (FileNotFoundError, ModuleNotFoundError) as error:
         raise ShrinkingError(f"samples to measure influence on cannot be rendered: {error}") from error
     pruned, removed, influence = prune(model, num_layers, batches)
-    _save(pruned, processor, target)
+    saved_dtype = VlmSliceConfig.from_pretrained(path, local_files_only=True).dtype
+    _save(pruned.to(saved_dtype or torch.float32), processor, target)  # type: ignore[arg-type]
     groups = layer_groups(model.config)
     table = [(group, value, group[0] in removed) for group, value in zip(groups, influence, strict=True)]
     return table, (measure(path, num_check), measure(target, num_check))
@@ -65,15 +70,15 @@ def quantise_folder(
         QuantisationError: The model cannot be quantised so.
         ShrinkingError: `target` is in use.
     """
-    model, processor, path = _load(source, target)
+    model, processor, path = _load(source, target, "auto")
     _save(quantise(model, parts or PARTS), processor, target)
     return measure(path, num_check), measure(target, num_check)
 
 
 def _load(
-    source: str | Path | None, target: Path
+    source: str | Path | None, target: Path, dtype: torch.dtype | str
 ) -> tuple[VlmSliceForConditionalGeneration, VlmSliceProcessor, Path]:
-    """Model in the dtype it is saved in, processor, and their folder."""
+    """Model, processor, and their folder, after a look at where they will go."""
     path = find_model(source)
     find_weights(path)
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
@@ -81,7 +86,7 @@ def _load(
     try:
         processor = VlmSliceProcessor.from_pretrained(path, local_files_only=True)
         model = VlmSliceForConditionalGeneration.from_pretrained(
-            path, dtype="auto", use_safetensors=True, local_files_only=True
+            path, dtype=dtype, use_safetensors=True, local_files_only=True
         )
     except (OSError, ValueError, RuntimeError) as error:
         raise ModelError(f"model {str(path)!r} cannot be loaded: {error}; save or download it again") from error
