@@ -82,15 +82,21 @@ class Int8MatrixConv2d(_Int8Weight, MatrixConv2d):
 _INT8: dict[type[nn.Module], type[nn.Module]] = {nn.Linear: Int8Linear, MatrixConv2d: Int8MatrixConv2d}
 
 
-def _to_int8(layer: nn.Module, weight_int8: torch.Tensor, scale: torch.Tensor) -> None:
-    """Makes a layer its int8 kind in place, as `torch.nn.utils.parametrize` does, so that it keeps its place and hooks."""
+def hold_int8(layer: nn.Module, weight_int8: torch.Tensor, scale: torch.Tensor) -> None:
+    """Makes a layer its int8 kind in place, as `torch.nn.utils.parametrize` does: it keeps its name and hooks.
+
+    Args:
+        layer: `nn.Linear` or `MatrixConv2d`.
+        weight_int8: `int8[out, in]`.
+        scale: `[out]`, in the dtype in which `layer.weight` is to be read.
+    """
     del layer._parameters["weight"]
     layer.__class__ = _INT8[type(layer)]
     layer.weight_int8 = nn.Parameter(weight_int8, requires_grad=False)
     layer.weight_scale = nn.Parameter(scale, requires_grad=False)
 
 
-def _from_int8(layer: nn.Module, dtype: torch.dtype) -> None:
+def _hold_plain(layer: nn.Module, dtype: torch.dtype) -> None:
     weight = layer.weight.to(dtype)
     del layer._parameters["weight_int8"], layer._parameters["weight_scale"]
     [layer.__class__] = [plain for plain, int8 in _INT8.items() if type(layer) is int8]
@@ -130,12 +136,12 @@ class Int8Quantizer(HfQuantizer):
             )
         for layer in find_quantisable(model, self.quantization_config.parts).values():
             weight = layer.weight
-            _to_int8(layer, torch.empty_like(weight, dtype=torch.int8), torch.empty_like(weight[:, 0]))
+            hold_int8(layer, torch.empty_like(weight, dtype=torch.int8), torch.empty_like(weight[:, 0]))
         return model
 
     def _dequantize(self, model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
         for layer in [module for module in model.modules() if isinstance(module, _Int8Weight)]:
-            _from_int8(layer, dtype or layer.weight_scale.dtype)
+            _hold_plain(layer, dtype or layer.weight_scale.dtype)
         return model
 
     def is_serializable(self) -> bool:
@@ -172,7 +178,7 @@ def quantise(model: PreTrainedModel, parts: Sequence[str] = PARTS) -> PreTrained
             weight_int8, scale = quantise_matrix(weight)
         except QuantisationError as error:
             raise QuantisationError(f"{name}: {error}") from error
-        _to_int8(layer, weight_int8, scale.to(weight.dtype))
+        hold_int8(layer, weight_int8, scale.to(weight.dtype))
     config = Int8Config([part for part in PARTS if part in parts])
     model.config.quantization_config = config
     model.hf_quantizer = Int8Quantizer(config, pre_quantized=True)
