@@ -210,7 +210,9 @@ class TestCommand:
         pruned = VlmSliceForConditionalGeneration.from_pretrained(target, dtype="auto")
         assert pruned.dtype == torch.bfloat16
         assert pruned.config.text_config.num_hidden_layers == 2
-        asked = vlmslice_command("ask", "demos/images/receipt_line.png", "What?", "--model", target, "--max-new-tokens", 2)
+        asked = vlmslice_command(
+            "ask", "demos/images/receipt_line.png", "What?", "--model", target, "--max-new-tokens", 2
+        )
         assert asked.code == 0, asked.err
 
     def test_errors(self, vlmslice_command: Vlmslice, saved_model, tmp_path) -> None:

@@ -109,7 +109,9 @@ def test_logits_are_close(inputs: dict[str, torch.Tensor]) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_saved_and_loaded_as_it_was(inputs: dict[str, torch.Tensor], tmp_path: Path, dtype: torch.dtype) -> None:
+def test_saved_and_loaded_as_it_was(
+    inputs: dict[str, torch.Tensor], tmp_path: Path, dtype: torch.dtype
+) -> None:
     model = conv_model().to(dtype)
     names = set(find_quantisable(model, PARTS))
     plain_bytes = {name: tensor.nbytes for name, tensor in model.state_dict().items()}
@@ -152,7 +154,9 @@ def test_dequantised_model_is_plain_and_quantises_to_the_same(inputs: dict[str, 
 
 def test_chosen_parts_only() -> None:
     model = quantise(conv_model(), ["language_model"])
-    assert {n.split(".")[0] for n, m in model.named_modules() if isinstance(m, Int8Linear)} == {"language_model"}
+    assert {n.split(".")[0] for n, m in model.named_modules() if isinstance(m, Int8Linear)} == {
+        "language_model"
+    }
     assert model.config.quantization_config.parts == ["language_model"]
 
 

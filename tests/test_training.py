@@ -210,10 +210,14 @@ def test_help_and_list(app) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ([], "--recipe is missing; expected one of align, nano, nano_pixel_unshuffle, nano_resampler, tiny"),
+        (
+            [],
+            "--recipe is missing; expected one of align, distil, nano, nano_pixel_unshuffle, nano_resampler, tiny",
+        ),
         (["--recipe", "align"], "starts from a saved model; add --model FOLDER"),
         (["--recipe", "tiny", "--model", "x"], "takes no --model; got 'x'"),
         (["--recipe", "align", "--model", "/nowhere"], "it has no config.json"),
+        (["--recipe", "align", "--model", "x", "--teacher", "x"], "takes no --teacher; got 'x'"),
         (["--recipe", "tiny", "--data-root", "x"], "takes no --data-root; got 'x'"),
         (["--recipe", "nano", "--data-root", "/nowhere"], "there is no receipts.jsonl in '/nowhere'"),
         (["--recipe", "tniy"], "unknown recipe 'tniy'; did you mean 'tiny'?"),
@@ -350,13 +354,14 @@ def test_labels_of_the_tiny_recipe_cover_answers_only() -> None:
 
 
 def test_every_recipe_describes_its_stages(reference: Path) -> None:
-    from recipes import build_stages, find_recipe, recipe_names
+    from recipes import build_stages, find_recipe, recipe_names, starts_from_model
 
     known = {f.name for f in fields(TrainingArguments)}
     assert {"nano", "tiny"} <= set(recipe_names())
     for name in recipe_names():
         assert f"--recipe {name}" in find_recipe(name).__doc__
-        stages = build_stages(name, reference / "answer" / "final" if name == "align" else None)
+        starts = starts_from_model(find_recipe(name))
+        stages = build_stages(name, reference / "answer" / "final" if starts else None)
         assert len({stage.name for stage in stages}) == len(stages) > 0
         for stage in stages:
             assert stage.arguments.keys() <= known

@@ -82,14 +82,18 @@ def _load(
     path = find_model(source)
     find_weights(path)
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
-        raise ShrinkingError(f"{str(target)!r} is in use, expected a new folder to save to; choose another with -o")
+        raise ShrinkingError(
+            f"{str(target)!r} is in use, expected a new folder to save to; choose another with -o"
+        )
     try:
         processor = VlmSliceProcessor.from_pretrained(path, local_files_only=True)
         model = VlmSliceForConditionalGeneration.from_pretrained(
             path, dtype=dtype, use_safetensors=True, local_files_only=True
         )
     except (OSError, ValueError, RuntimeError) as error:
-        raise ModelError(f"model {str(path)!r} cannot be loaded: {error}; save or download it again") from error
+        raise ModelError(
+            f"model {str(path)!r} cannot be loaded: {error}; save or download it again"
+        ) from error
     return model.eval(), processor, path
 
 

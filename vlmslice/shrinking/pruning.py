@@ -172,7 +172,9 @@ def remove_layers(
     """
     config = model.config
     if getattr(config, "quantization_config", None) is not None:
-        raise PruningError("the model is quantised, expected one that is not; prune it first and quantise then")
+        raise PruningError(
+            "the model is quantised, expected one that is not; prune it first and quantise then"
+        )
     total = config.text_config.num_hidden_layers
     gone = set(removed)
     if not gone <= set(range(total)) or len(gone) != len(removed):
@@ -229,9 +231,7 @@ def rendered_batches(processor: VlmSliceProcessor, num_samples: int) -> list[Map
         group=_BATCH_SIZE,
         name="pruning",
     )
-    collator = TaskCollator(
-        processor, dense=(), guide=False, points=processor.location_token_id is not None
-    )
+    collator = TaskCollator(processor, dense=(), guide=False, points=processor.location_token_id is not None)
     samples = [dataset[i] for i in range(num_samples)]
     batches = []
     for start in range(0, num_samples, _BATCH_SIZE):
@@ -269,4 +269,6 @@ def _decoder_layers(model: VlmSliceForConditionalGeneration) -> nn.ModuleList:
     try:
         return find_decoder_layers(model.language_model)
     except ValueError as error:
-        raise PruningError(f"{type(model.language_model).__name__} has no list of layers to remove from") from error
+        raise PruningError(
+            f"{type(model.language_model).__name__} has no list of layers to remove from"
+        ) from error

@@ -160,7 +160,9 @@ def quantise(model: PreTrainedModel, parts: Sequence[str] = PARTS) -> PreTrained
         QuantisationError: the model is quantised already, there is no such part, or a weight is not finite.
     """
     if getattr(model.config, "quantization_config", None) is not None:
-        raise QuantisationError("the model is quantised already, expected one that is not; start from the original")
+        raise QuantisationError(
+            "the model is quantised already, expected one that is not; start from the original"
+        )
     for part in parts:
         if part not in PARTS:
             raise QuantisationError(
