@@ -4,8 +4,8 @@
 
 Its docstring gives command, hardware, time and expected figures. Calling it builds datasets and settings, but no
 model: that happens when a stage is run. A recipe that starts from a saved model takes its folder: `align(model)`; one
-that can train on labelled photographs, too, takes theirs: `nano(data_root)`; one that learns from another model, that one's:
-`distil(model, teacher)`.
+that can train on labelled photographs, too, takes theirs: `nano(data_root)`; one that learns from another model takes
+that one's: `distil(model, teacher)`.
 """
 
 from __future__ import annotations

@@ -14,7 +14,7 @@ from vlmslice.model_files import ModelError, find_model, find_weights
 from vlmslice.modeling import VlmSliceForConditionalGeneration
 from vlmslice.processing import VlmSliceProcessor
 from vlmslice.shrinking.comparison import Measurement, measure
-from vlmslice.shrinking.pruning import layer_groups, prune, rendered_batches
+from vlmslice.shrinking.pruning import layer_groups, model_config, prune, rendered_batches
 from vlmslice.shrinking.quantisation import PARTS, quantise
 
 
@@ -50,7 +50,7 @@ def prune_folder(
     pruned, removed, influence = prune(model, num_layers, batches)
     saved_dtype = VlmSliceConfig.from_pretrained(path, local_files_only=True).dtype
     _save(pruned.to(saved_dtype or torch.float32), processor, target)  # type: ignore[arg-type]
-    groups = layer_groups(model.config)
+    groups = layer_groups(model_config(model))
     table = [(group, value, group[0] in removed) for group, value in zip(groups, influence, strict=True)]
     return table, (measure(path, num_check), measure(target, num_check))
 

@@ -84,9 +84,9 @@ def comparison_rows(before: Measurement, after: Measurement) -> list[tuple[str, 
     """Rows of a table: what, before, after."""
     rows = [
         ("parameters", f"{before.num_parameters / 1e6:.2f}M", f"{after.num_parameters / 1e6:.2f}M"),
-        ("weights on disk", *(f"{m.file_bytes / 1e6:.1f} MB" for m in (before, after))),
-        ("weights in memory", *(f"{m.memory_bytes / 1e6:.1f} MB" for m in (before, after))),
-        ("load", *(f"{m.load_seconds:.2f} s" for m in (before, after))),
+        ("weights on disk", f"{before.file_bytes / 1e6:.1f} MB", f"{after.file_bytes / 1e6:.1f} MB"),
+        ("weights in memory", f"{before.memory_bytes / 1e6:.1f} MB", f"{after.memory_bytes / 1e6:.1f} MB"),
+        ("load", f"{before.load_seconds:.2f} s", f"{after.load_seconds:.2f} s"),
     ]
     rows += [
         (f"{part}: median answer", f"{seconds:.2f} s", f"{after.answer_seconds[part]:.2f} s")

@@ -83,6 +83,7 @@ class Student(VlmSliceForConditionalGeneration):
         outputs = super().forward(labels=labels, **inputs)
         if labels is None or not self._teacher:
             return outputs
+        assert outputs.logits is not None and outputs.loss is not None and outputs.metrics is not None
         [teacher] = self._teacher
         if teacher.device != outputs.logits.device:
             teacher.to(outputs.logits.device)  # type: ignore[arg-type]  # transformers' `to` has lost its types

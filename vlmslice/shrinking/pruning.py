@@ -48,11 +48,12 @@ def prune(
     Raises:
         PruningError: so many layers cannot be removed.
     """
-    groups = layer_groups(model.config)
+    config = model_config(model)
+    groups = layer_groups(config)
     # What cannot be done is told before anything is measured.
-    choose_groups(model.config, [0.0] * len(groups), num_layers)
+    choose_groups(config, [0.0] * len(groups), num_layers)
     influence = measure_influence(model, batches)
-    removed = [layer for group in choose_groups(model.config, influence, num_layers) for layer in group]
+    removed = [layer for group in choose_groups(config, influence, num_layers) for layer in group]
     return remove_layers(model, removed), removed, influence
 
 
@@ -81,7 +82,7 @@ def measure_influence(
     Raises:
         PruningError: the language model has no list of layers.
     """
-    groups = layer_groups(model.config)
+    groups = layer_groups(model_config(model))
     layers = _decoder_layers(model)
     before: dict[int, torch.Tensor] = {}
     sums = [0.0] * len(groups)
@@ -170,7 +171,7 @@ def remove_layers(
     Raises:
         PruningError: they cannot be removed.
     """
-    config = model.config
+    config = model_config(model)
     if getattr(config, "quantization_config", None) is not None:
         raise PruningError(
             "the model is quantised, expected one that is not; prune it first and quantise then"
@@ -233,12 +234,18 @@ def rendered_batches(processor: VlmSliceProcessor, num_samples: int) -> list[Map
     )
     collator = TaskCollator(processor, dense=(), guide=False, points=processor.location_token_id is not None)
     samples = [dataset[i] for i in range(num_samples)]
-    batches = []
+    batches: list[Mapping[str, Any]] = []
     for start in range(0, num_samples, _BATCH_SIZE):
         batch = dict(collator(samples[start : start + _BATCH_SIZE]))
         del batch["labels"]
         batches.append(batch)
     return batches
+
+
+def model_config(model: VlmSliceForConditionalGeneration) -> VlmSliceConfig:
+    """Its config, with the type that transformers does not tell."""
+    assert isinstance(model.config, VlmSliceConfig)
+    return model.config
 
 
 def _shorten(config: VlmSliceConfig, kept: list[int], kept_numbers: list[int]) -> VlmSliceConfig:

@@ -1,8 +1,8 @@
 """Weight-only quantisation: matrices as int8, with one scale for each output channel.
 
 `weight[o, i]` is kept as `round(weight[o, i] / scale[o])`, with `scale[o]` the largest magnitude of the row divided by
-127: symmetric, without a zero point (Jacob et al., 2018, https://arxiv.org/abs/1712.05877; weights alone as in LLM.int8,
-Dettmers et al., 2022, https://arxiv.org/abs/2208.07339). No weight moves by more than half a step, `scale[o] / 2`.
+127: symmetric, without a zero point (Jacob et al., 2018, https://arxiv.org/abs/1712.05877). Activations stay as they
+are. No weight moves by more than half a step, `scale[o] / 2`.
 
 A scale has the 8 significant bits of bf16. The largest weight of a row then still becomes 127, and 127 scales have an
 exact fp32 value: what is quantised once stays as it is when it is quantised again.
@@ -136,6 +136,7 @@ class Int8Quantizer(HfQuantizer):
             )
         for layer in find_quantisable(model, self.quantization_config.parts).values():
             weight = layer.weight
+            assert isinstance(weight, torch.Tensor)
             hold_int8(layer, torch.empty_like(weight, dtype=torch.int8), torch.empty_like(weight[:, 0]))
         return model
 
@@ -183,6 +184,7 @@ def quantise(model: PreTrainedModel, parts: Sequence[str] = PARTS) -> PreTrained
         hold_int8(layer, weight_int8, scale.to(weight.dtype))
     config = Int8Config([part for part in PARTS if part in parts])
     model.config.quantization_config = config
-    model.hf_quantizer = Int8Quantizer(config, pre_quantized=True)
-    model.hf_quantizer.postprocess_model(model)
+    quantizer = Int8Quantizer(config, pre_quantized=True)
+    model.hf_quantizer = quantizer  # type: ignore[assignment]  # where transformers keeps it
+    quantizer.postprocess_model(model)
     return model
