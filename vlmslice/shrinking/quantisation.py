@@ -21,7 +21,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from transformers import PreTrainedModel
-from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
+from transformers.quantizers.auto import register_quantization_config, register_quantizer
+from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from vlmslice.conv_stem import MatrixConv2d
@@ -63,11 +64,11 @@ class _Int8Weight(nn.Module):
     weight_scale: torch.Tensor
 
     @property
-    def weight(self) -> torch.Tensor:  # type: ignore[override]  # a parameter in the layer that this one replaces
+    def weight(self) -> torch.Tensor:
         return self.weight_int8.to(self.weight_scale.dtype) * self.weight_scale[:, None]
 
 
-class Int8Linear(_Int8Weight, nn.Linear):
+class Int8Linear(_Int8Weight, nn.Linear):  # type: ignore[override]  # whose weight can be set
     """`nn.Linear` with an int8 weight. Scaling its outputs is cheaper than scaling its weight, and the same."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -75,7 +76,7 @@ class Int8Linear(_Int8Weight, nn.Linear):
         return y if self.bias is None else y + self.bias.to(x.dtype)
 
 
-class Int8MatrixConv2d(_Int8Weight, MatrixConv2d):
+class Int8MatrixConv2d(_Int8Weight, MatrixConv2d):  # type: ignore[override]  # as above
     """`MatrixConv2d` with an int8 weight."""
 
 
@@ -96,11 +97,11 @@ def hold_int8(layer: nn.Module, weight_int8: torch.Tensor, scale: torch.Tensor) 
     layer.weight_scale = nn.Parameter(scale, requires_grad=False)
 
 
-def _hold_plain(layer: nn.Module, dtype: torch.dtype) -> None:
+def _hold_plain(layer: _Int8Weight, dtype: torch.dtype) -> None:
     weight = layer.weight.to(dtype)
     del layer._parameters["weight_int8"], layer._parameters["weight_scale"]
     [layer.__class__] = [plain for plain, int8 in _INT8.items() if type(layer) is int8]
-    layer.weight = nn.Parameter(weight)
+    layer.register_parameter("weight", nn.Parameter(weight))
 
 
 def find_quantisable(model: nn.Module, parts: Sequence[str]) -> dict[str, nn.Module]:
