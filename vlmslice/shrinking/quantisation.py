@@ -100,7 +100,7 @@ def hold_int8(layer: nn.Module, weight_int8: torch.Tensor, scale: torch.Tensor) 
 def _hold_plain(layer: _Int8Weight, dtype: torch.dtype) -> None:
     weight = layer.weight.to(dtype)
     del layer._parameters["weight_int8"], layer._parameters["weight_scale"]
-    [layer.__class__] = [plain for plain, int8 in _INT8.items() if type(layer) is int8]
+    [layer.__class__] = [plain for plain, int8 in _INT8.items() if type(layer) is int8]  # type: ignore[assignment]
     layer.register_parameter("weight", nn.Parameter(weight))
 
 
