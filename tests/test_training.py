@@ -321,11 +321,12 @@ def test_help_and_list(app) -> None:
     [
         (
             [],
-            "--recipe is missing; expected one of align, lora, nano, nano_pixel_unshuffle, nano_resampler, ",
+            "--recipe is missing; expected one of align, distil, lora, nano, nano_pixel_unshuffle, nano_resampler, ",
         ),
         (["--recipe", "align"], "starts from a saved model; add --model FOLDER"),
         (["--recipe", "tiny", "--model", "x"], "takes no --model; got 'x'"),
         (["--recipe", "align", "--model", "/nowhere"], "it has no config.json"),
+        (["--recipe", "align", "--model", "x", "--teacher", "x"], "takes no --teacher; got 'x'"),
         (["--recipe", "tiny", "--data-root", "x"], "takes no --data-root; got 'x'"),
         (["--recipe", "nano", "--data-root", "/nowhere"], "there is no receipts.jsonl in '/nowhere'"),
         (["--recipe", "tniy"], "unknown recipe 'tniy'; did you mean 'tiny'?"),

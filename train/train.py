@@ -27,6 +27,9 @@ def train(
     model: Annotated[
         Path | None, typer.Option(help="Folder of a saved model, for a recipe that starts from one.")
     ] = None,
+    teacher: Annotated[
+        Path | None, typer.Option(help="Folder of a saved model, for a recipe that learns from another.")
+    ] = None,
     data_root: Annotated[
         Path | None,
         typer.Option(
@@ -105,6 +108,7 @@ def train(
             run(
                 recipe,
                 model,
+                teacher,
                 data_root,
                 output_dir,
                 stage,
@@ -149,6 +153,7 @@ def print_recipes() -> None:
 def run(
     recipe: str | None,
     model: Path | None,
+    teacher: Path | None,
     data_root: Path | None,
     output_dir: Path | None,
     only: str | None,
@@ -201,7 +206,9 @@ def run(
             raise RecipeError(f"DeepSpeed config {deepspeed} is not a file; see train/deepspeed/")
         overrides["deepspeed"] = str(deepspeed)
     files, eval_files = ([parse_source(text) for text in texts] for texts in (data, eval_data))
-    stages = build_stages(recipe, model, data_root, files, eval_files, dict(map(parse_option, options)))
+    stages = build_stages(
+        recipe, model, data_root, teacher, files, eval_files, dict(map(parse_option, options))
+    )
     names = [s.name for s in stages]
     if only is not None:
         check_name(f"stage of recipe {recipe!r}", only, names)

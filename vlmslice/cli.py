@@ -284,6 +284,78 @@ def compose(context: typer.Context) -> None:
     _run(inner, context.args or ["--help"], "vlmslice compose")
 
 
+_Output = Annotated[Path, typer.Option("-o", "--output", metavar="OUT", help="New folder for the model.")]
+_Source = Annotated[
+    str | None, typer.Argument(metavar="[MODEL]", help="Folder of a saved model.  [default: the bundled one]")
+]
+_Check = Annotated[
+    int, typer.Option(min=0, help="Rendered lines, and as many counts, to ask both models; 0 asks none.")
+]
+
+
+@app.command("prune")
+def prune_command(
+    output: _Output,
+    layers: Annotated[int, typer.Option(min=1, metavar="K", help="Language layers to remove.")],
+    model: _Source = None,
+    samples: Annotated[int, typer.Option(min=1, help="Rendered samples to measure influence on.")] = 32,
+    check: _Check = 20,
+) -> None:
+    """Remove the language layers that change the hidden states least; tells what it costs.
+
+    - `vlmslice prune -o smaller --layers 2`
+    - `vlmslice prune runs/nano/large/final -o smaller --layers 1 --check 100`
+
+    `train/train.py --recipe distil --model smaller` heals what is left.
+    """
+    from transformers.utils.logging import disable_progress_bar
+
+    from vlmslice.shrinking.commands import prune_folder
+    from vlmslice.shrinking.comparison import comparison_rows
+
+    disable_progress_bar()
+    groups, measured = prune_folder(model, output, layers, samples, check)
+    _print_table(
+        ("layers", "influence", ""),
+        [
+            (" ".join(map(str, group)), f"{value:.3f}", "removed" if is_removed else "")
+            for group, value, is_removed in groups
+        ],
+    )
+    print()
+    _print_table(("", "before", "after"), comparison_rows(*measured))
+    _note(f"model saved to {output}")
+
+
+@app.command("quantise")
+def quantise_command(
+    output: _Output,
+    model: _Source = None,
+    part: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="PART",
+            help="vision_encoder, connector, cross_attention or language_model; repeatable.  [default: all]",
+        ),
+    ] = None,
+    check: _Check = 20,
+) -> None:
+    """Keep the matrices of a model as int8, one scale for each output channel; tells what it costs.
+
+    - `vlmslice quantise -o int8`
+    - `vlmslice quantise smaller -o smaller-int8 --part language_model --part cross_attention`
+    """
+    from transformers.utils.logging import disable_progress_bar
+
+    from vlmslice.shrinking.commands import quantise_folder
+    from vlmslice.shrinking.comparison import comparison_rows
+
+    disable_progress_bar()
+    measured = quantise_folder(model, output, part, check)
+    _print_table(("", "before", "after"), comparison_rows(*measured))
+    _note(f"model saved to {output}")
+
+
 @app.command()
 def doctor(
     model: _Model = None,

@@ -2,6 +2,7 @@
 
 from transformers import AutoConfig, AutoImageProcessor, AutoModelForImageTextToText, AutoProcessor
 
+import vlmslice.shrinking.quantisation  # noqa: F401  # registers int8 models
 from vlmslice.config import VlmSliceConfig
 from vlmslice.image_processing import VlmSliceImageProcessor
 from vlmslice.image_processing_pil import VlmSliceImageProcessorPil

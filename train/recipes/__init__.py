@@ -8,6 +8,7 @@ model: that happens when a stage is run.
 What a recipe can be given stands in its signature, by these names; one without a default must be given:
 
 - `model: Path`, the folder of a saved model that it starts from
+- `teacher: Path`, the folder of a saved model that it learns from
 - `data_root: Path`, labelled photographs
 - `data`, `eval_data: Sequence[Source]`, files of conversations
 
@@ -48,6 +49,7 @@ def find_recipe(name: str) -> Callable[..., list[Stage]]:
 _INPUTS = {
     "model": "starts from nothing",
     "data_root": "trains on rendered pictures only",
+    "teacher": "has no teacher",
     "data": "trains on pictures of its own",
     "eval_data": "measures no loss on data of yours",
 }
@@ -73,6 +75,7 @@ def build_stages(
     name: str,
     model: Path | None = None,
     data_root: Path | None = None,
+    teacher: Path | None = None,
     data: Sequence[Source] = (),
     eval_data: Sequence[Source] = (),
     options: Mapping[str, Any] | None = None,
@@ -88,6 +91,7 @@ def build_stages(
         for key, value in {
             "model": model,
             "data_root": data_root,
+            "teacher": teacher,
             "data": data,
             "eval_data": eval_data,
         }.items()

@@ -16,6 +16,7 @@ PARTS: dict[str, tuple[str, ...]] = {
     "vision_encoder": ("vision_encoder.", "dense_head."),
     "connector": ("connector.", "canvas_position.", "cross_attention."),
     "language_model": ("language_model.",),
+    "visual_expert": ("visual_expert.",),
 }
 """Beginnings of the parameter names of each part; every parameter of a model belongs to one."""
 
