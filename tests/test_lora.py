@@ -47,7 +47,8 @@ def test_only_the_updates_of_the_chosen_parts_learn() -> None:
 
 def test_linear_layers_of_parts() -> None:
     model = tiny_model("cross_attention")
-    of_parts = {part: find_linear_layers(model, [part]) for part in PARTS}
+    parts = [part for part in PARTS if part != "visual_expert"]  # this model has none
+    of_parts = {part: find_linear_layers(model, [part]) for part in parts}
     assert sorted(sum(of_parts.values(), [])) == sorted(find_linear_layers(model, PARTS))
     assert "language_model.model.layers.0.self_attn.q_proj" in of_parts["language_model"]
     assert "cross_attention.layers.0.key" in of_parts["connector"]

@@ -243,9 +243,9 @@ def test_steps_are_filled_up() -> None:
     from vlmslice.training import Stage
 
     stage = Stage("x", None, range(10), None, {"per_device_train_batch_size": 4}, None)  # type: ignore[arg-type]
-    assert list(run._whole_steps(stage)) == list(range(8))
+    assert list(run.whole_steps(stage)) == list(range(8))
     stage.fills_steps = True
-    assert list(run._whole_steps(stage)) == [*range(10), 0, 1]
+    assert list(run.whole_steps(stage)) == [*range(10), 0, 1]
 
 
 def test_the_bundled_model_is_the_default(train: Train, data: Path) -> None:
@@ -298,4 +298,4 @@ def test_list_says_what_a_recipe_needs(train: Train) -> None:
     assert "sft: Trains all weights" in output
     assert "  its stages depend on --model, --data" not in output
     assert output.count("  its stages depend on --data") == 2
-    assert output.count("  its stages depend on --model") == 2
+    assert output.count("  its stages depend on --model") == 3
