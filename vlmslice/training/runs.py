@@ -140,10 +140,13 @@ def _times(folder: Path) -> Iterator[float]:
                 yield path.stat().st_mtime
 
 
-def _began(folder: Path) -> float:
-    """The time in the name of the first tensorboard log, `events.out.tfevents.TIME.HOST...`; else of any file."""
+def _began(folder: Path) -> tuple[float, float]:
+    """The time in the name of the first tensorboard log, `events.out.tfevents.TIME.HOST...`; else of any file.
+
+    These are whole seconds, in which two small stages may begin: the one that ended first then comes first.
+    """
     logs = [path.name for path in folder.glob("runs/*/events.out.tfevents.*")]
-    return min([float(name.split(".")[3]) for name in logs] or _times(folder))
+    return min([float(name.split(".")[3]) for name in logs] or _times(folder)), max(_times(folder))
 
 
 def run_lines(records: list[StageRecord], now: datetime) -> tuple[list[str], list[list[str]]]:
