@@ -15,6 +15,7 @@ from vlmslice.data.tasks import Curriculum, TaskConfig, TaskDataset
 from vlmslice.model_files import find_model
 from vlmslice.shrinking.distillation import Student
 from vlmslice.training import Stage
+from vlmslice.training.freezing import freeze
 
 TASK = TaskConfig(megapixels=(0.02, 0.3), font_px=(10, 90), max_questions=5)
 TEACHER_WEIGHT = 0.5
@@ -24,7 +25,7 @@ TEMPERATURE = 2.0
 def build_student(folder: Path, teacher: Path, previous: Path | None) -> nn.Module:
     """The model in `folder`, its vision encoder frozen, with its teacher."""
     student = Student.from_pretrained(folder, dtype=torch.float32, local_files_only=True)
-    student.vision_encoder.requires_grad_(False)
+    freeze(student, "vision_encoder")
     return student.learn_from(
         VlmSliceForConditionalGeneration.from_pretrained(teacher, dtype=torch.float32, local_files_only=True),
         TEACHER_WEIGHT,

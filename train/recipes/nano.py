@@ -27,6 +27,7 @@ from vlmslice.dense_reader import DenseReader, adopt_dense_reader, save_dense_re
 from vlmslice.slicing import SlicingConfig
 from vlmslice.tokenization import build_byte_tokenizer
 from vlmslice.training import Stage
+from vlmslice.training.freezing import freeze
 from vlmslice.vision_encoder import VlmSliceVisionConfig
 
 # A visual token as wide as this language model holds the two or three characters of a patch, not the eight of a block
@@ -139,8 +140,7 @@ def _build_frozen(previous: Path | None) -> nn.Module:
     model = VlmSliceForConditionalGeneration.from_pretrained(previous, dtype=torch.float32)
     model.config.guide_loss_weight = COUNT_GUIDE_LOSS_WEIGHT
     model.set_attn_implementation({"text_config": "eager"})
-    model.vision_encoder.requires_grad_(False)
-    model.vision_encoder.mixer.requires_grad_(True)
+    freeze(model, "vision_encoder", but=["vision_encoder.mixer"])
     return model
 
 

@@ -70,7 +70,7 @@ def count_shapes(
         things = f"{asked_color} {plural(asked_kind)}"
     placed = scatter_shapes(rng, image, wanted, radii)
     # A shape that found no room is not there: the answer counts what was drawn.
-    centers = [s.center for s in placed if _matches(s.kind, s.color, form, asked_kind, asked_color, things)]
+    centers = [s.center for s in placed if matches(s.kind, s.color, form, asked_kind, asked_color, things)]
     scene = Scene(add_camera_effects(rng, image), shapes=placed)
     question = rng.choice(COUNT_QUESTIONS).format(things=things)
     first = Turn(
@@ -108,7 +108,7 @@ def _ask_count(rng: random.Random, shapes: Sequence[Shape], colors: Sequence[str
         color = rng.choice(shapes).color
     form = rng.choice(("all", "kind", "kind", "color", "color", "both", "both", "both"))
     things = name_things(form, kind, color)
-    centers = [s.center for s in shapes if _matches(s.kind, s.color, form, kind, color, things)]
+    centers = [s.center for s in shapes if matches(s.kind, s.color, form, kind, color, things)]
     named = rename(rng, things)
     question = rng.choice(COUNT_QUESTIONS).format(things=named)
     mentions = find_mentions(question, named, shapes)
@@ -154,7 +154,8 @@ def _other(rng: random.Random, options, taken: str) -> str:
     return rng.choice([o for o in options if o != taken])
 
 
-def _matches(kind: str, color: str, form: str, asked_kind: str, asked_color: str, things: str) -> bool:
+def matches(kind: str, color: str, form: str, asked_kind: str, asked_color: str, things: str) -> bool:
+    """Whether a shape is among those asked for by `form`: "all", "kind", "color" or "both"."""
     if form == "all":
         return things == "shapes" or kind == asked_kind
     return (form == "color" or kind == asked_kind) and (form == "kind" or color == asked_color)

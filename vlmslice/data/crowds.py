@@ -9,11 +9,11 @@ import string
 import numpy as np
 from PIL import Image, ImageDraw
 
-from vlmslice.data.counting import find_mentions, name_things, rename, with_follow_ups
+from vlmslice.data.counting import find_mentions, matches, name_things, rename, with_follow_ups
 from vlmslice.data.fonts import FontLibrary
 from vlmslice.data.photo_effects import shade
 from vlmslice.data.samples import Mention, Place, TaskConfig, TaskSample, Turn
-from vlmslice.data.scenes import Color, Glyph, Scene, Shape, add_camera_effects, ink_and_paper, paper_image
+from vlmslice.data.scenes import Color, Glyph, Scene, add_camera_effects, ink_and_paper, paper_image
 from vlmslice.data.shapes import COLORS, KINDS, draw_shape, vary, visible_colors
 
 QUESTIONS = (
@@ -163,14 +163,9 @@ def _draw_shapes(
             shape_kind = kind
         shade = vary(rng, COLORS[shape_color])
         scene.shapes.append(draw_shape(scene.image, shape_kind, shape_color, (y, x), radius, shade))
-    things = rename(rng, name_things(form, kind, color))
-    return things, [shape.center for shape in scene.shapes if _is_asked(shape, form, kind, color)]
-
-
-def _is_asked(shape: Shape, form: str, kind: str, color: str) -> bool:
-    return (form not in ("kind", "both") or shape.kind == kind) and (
-        form not in ("color", "both") or shape.color == color
-    )
+    things = name_things(form, kind, color)
+    asked_shapes = [s for s in scene.shapes if matches(s.kind, s.color, form, kind, color, things)]
+    return rename(rng, things), [shape.center for shape in asked_shapes]
 
 
 def _draw_characters(

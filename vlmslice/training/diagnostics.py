@@ -18,6 +18,7 @@ import torch
 from torch import nn
 from transformers import TrainerCallback
 
+from vlmslice.training.freezing import part_of
 from vlmslice.training.throughput import find_vlm
 
 _log = logging.getLogger(__name__)
@@ -34,11 +35,6 @@ PATIENCE = 3
 _NUM_MEASUREMENTS = 10
 _MAX_ELEMENTS = 2**16
 _MAX_TOKENS = 1024
-
-
-def part_of(parameter_name: str) -> str:
-    """The part a parameter belongs to: `connector.layers.0.weight` -> `connector`, also in a model wrapped by PEFT."""
-    return parameter_name.removeprefix("base_model.model.").split(".")[0]
 
 
 def trained_parts(model: nn.Module) -> dict[str, list[nn.Parameter]]:

@@ -18,7 +18,7 @@ from torch import nn
 from transformers import PreTrainedModel, set_seed
 
 from vlmslice.matmul_peak import matmul_peak
-from vlmslice.training.diagnostics import part_of
+from vlmslice.training.freezing import measure_parts
 from vlmslice.training.run import training_arguments, whole_steps
 from vlmslice.training.stage import Stage, share_batch
 from vlmslice.training.throughput import FlopCounter, count_tokens
@@ -203,7 +203,10 @@ def _measure(stage: Stage, model: nn.Module, folder: Path, world_size: int) -> S
     dtype = torch.bfloat16 if arguments.bf16 else torch.float16 if arguments.fp16 else torch.float32
     return StageEstimate(
         name=stage.name,
-        parameters=_count_parameters(model),
+        parameters={
+            part: (size.num_trained, size.num_parameters - size.num_trained)
+            for part, size in measure_parts(model).items()
+        },
         num_steps=num_steps,
         step_batch_size=stage.step_batch_size,
         world_size=world_size,
@@ -250,13 +253,6 @@ def _now(device: torch.device) -> float:
     if device.type != "cpu":
         torch.accelerator.synchronize()
     return time.perf_counter()
-
-
-def _count_parameters(model: nn.Module) -> dict[str, tuple[int, int]]:
-    counts: dict[str, list[int]] = {}
-    for name, parameter in model.named_parameters():
-        counts.setdefault(part_of(name), [0, 0])[not parameter.requires_grad] += parameter.numel()
-    return {part: (trained, frozen) for part, (trained, frozen) in counts.items()}
 
 
 def _memory_by_zero_stage(

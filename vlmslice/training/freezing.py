@@ -58,11 +58,16 @@ def freeze(model: nn.Module, *frozen: str, but: Collection[str] = ()) -> dict[st
     return measure_parts(model)
 
 
+def part_of(parameter_name: str) -> str:
+    """The part a parameter belongs to: `connector.layers.0.weight` -> `connector`, also in a model wrapped by PEFT."""
+    return parameter_name.removeprefix("base_model.model.").split(".")[0]
+
+
 def measure_parts(model: nn.Module) -> dict[str, PartSize]:
     """The size of each part of a model, by name. Weights that parts share count for the first that has them."""
     sizes: dict[str, PartSize] = {}
     for name, parameter in model.named_parameters():
-        part = name.split(".")[0]
+        part = part_of(name)
         num_trained, num_parameters = sizes.get(part, PartSize(0, 0))
         sizes[part] = PartSize(
             num_trained + parameter.requires_grad * parameter.numel(), num_parameters + parameter.numel()
