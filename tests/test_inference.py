@@ -64,6 +64,21 @@ class TestAsk:
         assert [pytest.approx(point) for point in expected] == list(points)
         assert assistant._points((plan, plan), torch.tensor(ids)) == ()
 
+    def test_stops_when_told(self, assistant: Assistant) -> None:
+        """After the third token, and what was said until then is the answer."""
+        image, question = noise_image(100, 200), "read the line"
+        calls: list[bool] = []
+
+        def third_call() -> bool:
+            calls.append(True)
+            return len(calls) == 3
+
+        whole, short = (assistant.ask([image], question, max_new_tokens=number) for number in (24, 3))
+        got = assistant.ask([image], question, max_new_tokens=24, should_stop=third_call)
+        assert (got.text, got.num_new_tokens, len(calls)) == (short.text, 3, 3)
+        never = assistant.ask([image], question, max_new_tokens=24, should_stop=lambda: False)
+        assert (never.text, never.num_new_tokens) == (whole.text, 24)
+
     def test_bad_image_and_policy(self, assistant: Assistant, tmp_path: Path) -> None:
         broken = tmp_path / "broken.png"
         noise_image(40, 40).save(broken)

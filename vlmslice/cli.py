@@ -138,11 +138,7 @@ def ask(
     if as_json:
         _print_json(
             {
-                "answer": answer.text,
-                "points": [[round(part, 1) for part in point] for point in answer.points],
-                "plans": [plan.to_dict() for plan in answer.plans],
-                "num_visual_tokens": answer.num_visual_tokens,
-                "num_new_tokens": answer.num_new_tokens,
+                **answer.to_dict(),
                 "model": assistant.model.name_or_path,
                 "seconds": {stage: round(value, 4) for stage, value in seconds.items()},
             }
@@ -196,6 +192,26 @@ def plan(
         _print_json(result.to_dict())
     else:
         print(_describe_plan(result))
+
+
+@app.command()
+def demo(
+    model: _Model = None,
+    port: Annotated[int, typer.Option(min=0, max=65535, help="Where to listen; 0 takes a free one.")] = 7860,
+    host: Annotated[str, typer.Option(help="Address to listen at; 0.0.0.0 lets others in.")] = "127.0.0.1",
+    browser: Annotated[bool, typer.Option("--browser/--no-browser", help="Open the page.")] = True,
+) -> None:
+    """Serve a web page to ask about images, on this machine only.
+
+    - `vlmslice demo`: opens http://127.0.0.1:7860
+    - `vlmslice demo --model runs/nano/wide --port 0 --no-browser`
+
+    Nothing is sent anywhere else. It needs gradio, installed by `pip install 'vlmslice[demo]'` and then
+    `pip install --no-deps gradio==6.31.0`.
+    """
+    from vlmslice.page.server import serve_page
+
+    serve_page(model, host, port, browser, note=_note, announce=lambda line: print(line, flush=True))
 
 
 @app.command("eval")

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import PreTrainedTokenizerBase, TextStreamer
+from transformers import PreTrainedTokenizerBase, StoppingCriteria, StoppingCriteriaList, TextStreamer
 from transformers.generation.streamers import BaseStreamer
 
 import vlmslice.registration  # noqa: F401  # the processor finds its image processor by the Auto classes
@@ -41,6 +41,17 @@ class Answer:
     num_new_tokens: int
     seconds: dict[str, float]
     points: tuple[tuple[float, float], ...] = ()
+
+    def to_dict(self) -> dict[str, Any]:
+        """The answer and its plans in dicts, lists, numbers and strings, ready for JSON."""
+        return {
+            "answer": self.text,
+            "points": [[round(part, 1) for part in point] for point in self.points],
+            "plans": [plan.to_dict() for plan in self.plans],
+            "num_visual_tokens": self.num_visual_tokens,
+            "num_new_tokens": self.num_new_tokens,
+            "seconds": {stage: round(value, 4) for stage, value in self.seconds.items()},
+        }
 
 
 class Assistant:
@@ -96,6 +107,7 @@ class Assistant:
         max_visual_tokens: int | None = None,
         max_new_tokens: int = 256,
         on_text: Callable[[str], None] | None = None,
+        should_stop: Callable[[], bool] | None = None,
     ) -> Answer:
         """Answers a question about images, always by the likeliest token.
 
@@ -106,6 +118,7 @@ class Assistant:
             max_visual_tokens: Most visual tokens of each image, instead of the model's own.
             max_new_tokens: Most tokens of the answer.
             on_text: Called with each piece of the answer as soon as it is certain; joined, they are the answer.
+            should_stop: Called after each token; once it is true, the answer ends there.
 
         Raises:
             ImageError: An image cannot be loaded.
@@ -116,8 +129,13 @@ class Assistant:
         processed = time.perf_counter()
 
         streamer = _AnswerStreamer(self.processor.tokenizer, on_text)
+        criteria = StoppingCriteriaList([] if should_stop is None else [_StopWhenTold(should_stop)])
         output = self.model.generate(
-            **inputs, max_new_tokens=max_new_tokens, do_sample=False, streamer=streamer
+            **inputs,
+            max_new_tokens=max_new_tokens,
+            do_sample=False,
+            streamer=streamer,
+            stopping_criteria=criteria,
         )
         done = time.perf_counter()
         return Answer(
@@ -225,6 +243,16 @@ class Assistant:
             return [new_ids.shape[1]] * len(new_ids)
         ends = torch.isin(new_ids, torch.tensor(end_ids, device=new_ids.device))
         return (ends.cumsum(dim=1) - ends.long() == 0).sum(dim=1).tolist()
+
+
+class _StopWhenTold(StoppingCriteria):
+    """Ends every answer of a batch once a callback says so."""
+
+    def __init__(self, should_stop: Callable[[], bool]):
+        self._should_stop = should_stop
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor, **kwargs: Any) -> torch.Tensor:  # type: ignore[override]
+        return torch.full((len(input_ids),), self._should_stop(), dtype=torch.bool, device=input_ids.device)
 
 
 class _FirstTokenClock(BaseStreamer):
