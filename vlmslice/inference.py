@@ -251,7 +251,7 @@ class _StopWhenTold(StoppingCriteria):
     def __init__(self, should_stop: Callable[[], bool]):
         self._should_stop = should_stop
 
-    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor, **kwargs: Any) -> torch.Tensor:  # type: ignore[override]
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor, **kwargs: Any) -> torch.Tensor:
         return torch.full((len(input_ids),), self._should_stop(), dtype=torch.bool, device=input_ids.device)
 
 

@@ -2,9 +2,16 @@
 
 from __future__ import annotations
 
+import io
 import itertools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
+
+from matplotlib import rc_context
+from matplotlib.figure import Figure
+from matplotlib.text import Text
+from matplotlib.ticker import MaxNLocator
 
 from vlmslice.data.nine_balls import draw_nine_balls
 from vlmslice.inference import Answer, Assistant
@@ -19,6 +26,9 @@ QUESTION = "How many shapes are there?"
 """Asked unless another is typed. The bundled model knows shapes; a larger model may be asked for balls."""
 
 TRUTH = 9
+_GREY = "#7c7670"
+# Told apart by the colour-blind (Okabe and Ito, https://jfly.uni-koeln.de/color/), black left out for the dark page.
+_LINE_COLORS = ("#009e73", "#e69f00", "#56b4e9", "#d55e00", "#cc79a7", "#0072b2", "#f0e442")
 _MAX_NEW_TOKENS = 64  # enough to point at nine balls and to say so
 
 
@@ -73,9 +83,7 @@ def count_balls(
     for number, (side, policy) in enumerate(pictures, start=1):
         status = f"Picture {number} of {len(pictures)}: {side} px, {policy}"
         try:
-            turn = line.join(
-                lambda turn, side=side, policy=policy: _ask(assistant, turn, side, policy, question)
-            )  # type: ignore[misc]
+            turn = line.join(partial(_ask, assistant, side, policy, question))
             on_turn(turn)
             yield CountingMoment(f"{status} …", "running", tuple(counts))
             for _ in turn.follow():
@@ -113,7 +121,7 @@ def count_balls(
     )
 
 
-def _ask(assistant: Assistant, turn: Turn[Answer], side: int, policy: str, question: str) -> Answer:
+def _ask(assistant: Assistant, side: int, policy: str, question: str, turn: Turn[Answer]) -> Answer:
     return assistant.ask(
         [draw_nine_balls(side)],
         question,
@@ -132,6 +140,51 @@ def counts_table(counts: Sequence[BallCount]) -> tuple[list[str], list[list[str]
         of_policy = [by_place.get((policy, side)) for side in sides]
         rows.append([policy, *map(_cell, of_policy)])
     return ["policy", *(f"{side} px" for side in sides)], rows
+
+
+def counts_plot(counts: Sequence[BallCount]) -> str:
+    """Count against size, a line for each policy, as SVG markup in a grey that light and dark pages can bear."""
+    figure = Figure(figsize=(5.2, 3.2), layout="constrained")
+    axes = figure.add_subplot()
+    axes.axhline(TRUTH, color=_GREY, linewidth=1, linestyle=(0, (4, 4)), label="nine")
+    policies = list(dict.fromkeys(count.policy for count in counts))
+    for number, policy in enumerate(policies):
+        known = sorted(
+            (count.side, count.count)
+            for count in counts
+            if count.policy == policy and count.count is not None
+        )
+        # Lines that coincide are drawn a little apart, all within one ball.
+        shift = (number - (len(policies) - 1) / 2) * min(0.2, 0.9 / len(policies))
+        axes.plot(
+            [side for side, _ in known],
+            [number + shift for _, number in known],
+            color=_LINE_COLORS[number % len(_LINE_COLORS)],
+            marker="o",
+            markersize=4.5,
+            linewidth=1.5,
+            label=policy,
+        )
+    sides = sorted({count.side for count in counts})
+    axes.set_xscale("log")
+    axes.set_xticks(sides, [str(side) for side in sides])
+    axes.set_xticks([], minor=True)
+    axes.set_ylim(0, max(12, *(count.count + 2 for count in counts if count.count is not None)))
+    axes.yaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.set_xlabel("side of the picture, px")
+    axes.set_ylabel("count")
+    axes.spines[["top", "right"]].set_visible(False)
+    figure.legend(loc="outside lower center", ncols=3, frameon=False)
+    for part in figure.findobj(Text):
+        part.set(color=_GREY, fontfamily="sans-serif")
+    axes.tick_params(color=_GREY)
+    for spine in axes.spines.values():
+        spine.set_color(_GREY)
+    out = io.StringIO()
+    with rc_context({"svg.fonttype": "none"}):  # text in the fonts of the page
+        figure.savefig(out, format="svg", transparent=True, metadata={"Date": None})
+    markup = out.getvalue()
+    return f'<figure aria-label="Count against size">{markup[markup.index("<svg") :]}</figure>'
 
 
 def _cell(count: BallCount | None) -> str:

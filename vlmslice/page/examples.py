@@ -15,10 +15,10 @@ from vlmslice.data.tasks import TASKS
 _CONFIG = TaskConfig(num_words=(3, 5), max_characters=40, photo=0, accents=0, split="eval")
 
 _RENDERED = (  # name, task, seed, height and width in px
-    ("Shapes", "count", 2, 480, 720),
-    ("A line of text", "read", 3, 200, 900),
-    ("A long strip", "read", 2, 96, 1600),
-    ("A paragraph", "paragraph", 0, 300, 500),
+    ("Shapes", "count", 4, 480, 720),
+    ("Line", "read", 13, 200, 900),
+    ("Strip", "read", 11, 96, 1600),
+    ("Paragraph", "paragraph", 8, 360, 560),
 )
 
 

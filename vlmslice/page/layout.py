@@ -11,11 +11,12 @@ from typing import Any
 
 import gradio as gr
 import pandas as pd
+from gradio.data_classes import ImageData
 
 from vlmslice import __version__
 from vlmslice.inference import Assistant
 from vlmslice.page.asking import Moment, ask
-from vlmslice.page.counting import QUESTION, SIDES, TRUTH, BallCount, count_balls, counts_table
+from vlmslice.page.counting import QUESTION, SIDES, BallCount, count_balls, counts_plot, counts_table
 from vlmslice.page.examples import Example
 from vlmslice.page.line import Line, Turn
 from vlmslice.page.price import NO_IMAGE, price_markup
@@ -27,16 +28,6 @@ _STATUS_OF_ASKING = "Add an image, ask, and see which parts of it the model look
 _STATUS_OF_COUNTING = "Nothing counted yet."
 
 
-class UploadedImage(gr.Image):
-    """An image input that hands on the file as it was uploaded: `load_image` checks and turns it."""
-
-    is_template = True  # for gradio: drawn as its parent is
-
-    def preprocess(self, payload: Any) -> str | None:
-        """The path of the file."""
-        return None if payload is None else payload.path
-
-
 def theme() -> gr.themes.Base:
     """One accent colour on calm greys, in the fonts of the system: nothing is fetched."""
     sans = ("ui-sans-serif", "system-ui", "-apple-system", "Segoe UI", "Roboto", "sans-serif")
@@ -45,9 +36,25 @@ def theme() -> gr.themes.Base:
         primary_hue=gr.themes.colors.teal,
         neutral_hue=gr.themes.colors.stone,
         radius_size=gr.themes.sizes.radius_lg,
-        spacing_size=gr.themes.sizes.spacing_lg,
         font=sans,
         font_mono=mono,
+    ).set(
+        body_text_color_subdued="*neutral_500",
+        body_text_color_subdued_dark="*neutral_400",
+        body_background_fill="*neutral_50",
+        body_background_fill_dark="*neutral_950",
+        block_background_fill="white",
+        block_background_fill_dark="*neutral_900",
+        block_border_color="*neutral_200",
+        block_border_color_dark="*neutral_800",
+        block_shadow="0 1px 2px rgb(0 0 0 / 0.04)",
+        input_background_fill="*neutral_50",
+        input_background_fill_dark="*neutral_950",
+        button_primary_background_fill="*primary_700",
+        button_primary_background_fill_hover="*primary_600",
+        button_primary_background_fill_dark="*primary_700",
+        button_primary_background_fill_hover_dark="*primary_600",
+        button_primary_text_color="white",
     )
 
 
@@ -99,9 +106,11 @@ def _ask_tab(assistant: Assistant, line: Line, examples: Sequence[Example], turn
     config = assistant.processor.image_processor.slicing_config
     most = config.max_visual_tokens
     step = max(most // 64, 1)
-    with gr.Row(elem_classes="vs-columns"):
-        with gr.Column(scale=5, min_width=320):
-            upload = UploadedImage(
+    with gr.Row(
+        elem_id="vs-grid"
+    ):  # placed by page.css: two columns, or one in this order on a narrow screen
+        with gr.Column(elem_id="vs-input", min_width=0):
+            upload = gr.Image(
                 label="Image",
                 sources=["upload", "clipboard", "webcam"],
                 type="filepath",
@@ -111,6 +120,9 @@ def _ask_tab(assistant: Assistant, line: Line, examples: Sequence[Example], turn
                 elem_id="vs-image",
                 placeholder="Drop an image\nor click to choose one",
             )
+            # Handlers get the file as it was uploaded, which `load_image` checks and turns. (A subclass would make
+            # gradio write a .pyi file beside this one.)
+            upload.preprocess = _uploaded_path
             with gr.Row(elem_id="vs-examples"):
                 buttons = _example_buttons(examples)
             question = gr.Textbox(
@@ -121,20 +133,10 @@ def _ask_tab(assistant: Assistant, line: Line, examples: Sequence[Example], turn
                 elem_id="vs-question",
             )
             with gr.Row(elem_classes="vs-actions"):
-                ask_button = gr.Button("Ask", variant="primary", elem_id="vs-ask")
-                stop_button = gr.Button("Stop", interactive=False, elem_id="vs-stop")
-            with gr.Group(elem_id="vs-slicing"):
-                policy = gr.Dropdown(
-                    list(POLICIES), value=config.policy, label="Slicing policy", elem_id="vs-policy"
-                )
-                budget = gr.Slider(
-                    step, most, value=most, step=step, label="Most visual tokens", elem_id="vs-budget"
-                )
-                longest = gr.Slider(
-                    16, 1024, value=256, step=16, label="Longest answer, tokens", elem_id="vs-longest"
-                )
+                ask_button = gr.Button("Ask", variant="primary", min_width=80, scale=2, elem_id="vs-ask")
+                stop_button = gr.Button("Stop", interactive=False, min_width=80, scale=1, elem_id="vs-stop")
             price = gr.HTML(NO_IMAGE, elem_id="vs-price")
-        with gr.Column(scale=7, min_width=320):
+        with gr.Column(elem_id="vs-output", min_width=0):
             status = gr.HTML(status_markup(_STATUS_OF_ASKING, "idle"), elem_id="vs-status")
             answer = gr.Textbox(
                 label="Answer",
@@ -146,11 +148,13 @@ def _ask_tab(assistant: Assistant, line: Line, examples: Sequence[Example], turn
             )
             overlay = gr.Image(
                 label="What the model looked at",
+                show_label=False,
                 interactive=False,
                 buttons=["fullscreen", "download"],
                 format="png",
                 visible=False,
                 elem_id="vs-overlay",
+                alt_text="The image with the slices that the model looked at, and its overview",
             )
             table = gr.Dataframe(
                 label="As a table",
@@ -164,6 +168,16 @@ def _ask_tab(assistant: Assistant, line: Line, examples: Sequence[Example], turn
                 as_json = gr.Code(
                     language="json", interactive=False, max_lines=20, elem_id="vs-json", label="JSON"
                 )
+        with gr.Column(elem_id="vs-settings", min_width=0), gr.Group(elem_id="vs-slicing"):
+            policy = gr.Dropdown(
+                list(POLICIES), value=config.policy, label="Slicing policy", elem_id="vs-policy"
+            )
+            budget = gr.Slider(
+                step, most, value=most, step=step, label="Most visual tokens", elem_id="vs-budget"
+            )
+            longest = gr.Slider(
+                16, 1024, value=256, step=16, label="Longest answer, tokens", elem_id="vs-longest"
+            )
 
     def show_price(file: str | None, policy: str, budget: float) -> str:
         return price_markup(file, policy, int(budget), config)
@@ -247,8 +261,8 @@ def _counting_tab(assistant: Assistant, line: Line, turns: _Turns) -> None:
         '<p class="vs-lead">The same nine balls, drawn at growing sizes. A model whose slices overlap may see a ball '
         "twice and count 12, then 16; one that squashes or pads loses them.</p>"
     )
-    with gr.Row(elem_classes="vs-columns"):
-        with gr.Column(scale=5, min_width=320):
+    with gr.Row(elem_id="vs-count-grid"):
+        with gr.Column(elem_id="vs-count-input", min_width=0):
             sides = gr.CheckboxGroup(
                 [(f"{side} px", side) for side in SIDES],
                 value=[224, 448, 896],
@@ -260,25 +274,16 @@ def _counting_tab(assistant: Assistant, line: Line, turns: _Turns) -> None:
             )
             question = gr.Textbox(QUESTION, label="Question", elem_id="vs-count-question")
             with gr.Row(elem_classes="vs-actions"):
-                run_button = gr.Button("Count", variant="primary", elem_id="vs-count")
-                stop_button = gr.Button("Stop", interactive=False, elem_id="vs-count-stop")
-        with gr.Column(scale=7, min_width=320):
+                run_button = gr.Button("Count", variant="primary", min_width=80, scale=2, elem_id="vs-count")
+                stop_button = gr.Button(
+                    "Stop", interactive=False, min_width=80, scale=1, elem_id="vs-count-stop"
+                )
+        with gr.Column(elem_id="vs-count-output", min_width=0):
             status = gr.HTML(status_markup(_STATUS_OF_COUNTING, "idle"), elem_id="vs-count-status")
             table = gr.Dataframe(
                 label="Counts", interactive=False, visible=False, buttons=["copy"], elem_id="vs-count-table"
             )
-            plot = gr.LinePlot(
-                x="side",
-                y="count",
-                color="policy",
-                x_title="side of the picture, px",
-                y_title=f"count ({TRUTH} is right)",
-                label="Count against size",
-                visible=False,
-                height=280,
-                elem_id="vs-count-plot",
-                buttons=["fullscreen"],
-            )
+            plot = gr.HTML(elem_id="vs-count-plot")
 
     def show_counts(
         sides: list[int], policies: list[str], question: str, request: gr.Request
@@ -302,7 +307,7 @@ def _counting_tab(assistant: Assistant, line: Line, turns: _Turns) -> None:
             if moment.counts and moment.counts != shown:
                 header, rows = counts_table(moment.counts)
                 changes[table] = gr.update(value=pd.DataFrame(rows, columns=header), visible=True)
-                changes[plot] = gr.update(value=_plot_frame(moment.counts), visible=True)
+                changes[plot] = counts_plot(moment.counts)
                 shown = moment.counts
             yield changes
 
@@ -325,13 +330,6 @@ def _wire_stop(button: gr.Button, turns: _Turns, task: str) -> None:
     button.click(stop, None, None, queue=False, api_visibility="private")
 
 
-def _plot_frame(counts: Sequence[BallCount]) -> pd.DataFrame:
-    sides = sorted({count.side for count in counts})
-    rows = [("nine", side, TRUTH) for side in sides]
-    rows += [(count.policy, count.side, count.count) for count in counts if count.count is not None]
-    return pd.DataFrame(rows, columns=["policy", "side", "count"])
-
-
 def _example_buttons(examples: Sequence[Example]) -> list[gr.Button]:
     buttons = []
     with tempfile.TemporaryDirectory() as folder:  # gradio takes icons as files, and copies them
@@ -342,6 +340,10 @@ def _example_buttons(examples: Sequence[Example]) -> list[gr.Button]:
             small.save(icon)
             buttons.append(gr.Button(example.name, icon=icon, elem_classes="vs-example", min_width=90))
     return buttons
+
+
+def _uploaded_path(payload: ImageData | None) -> str | None:
+    return None if payload is None else payload.path
 
 
 def _load(example: Example) -> tuple[Any, str]:
