@@ -16,7 +16,7 @@ from gradio.data_classes import ImageData
 from vlmslice import __version__
 from vlmslice.inference import Assistant
 from vlmslice.page.asking import Moment, ask
-from vlmslice.page.counting import QUESTION, SIDES, BallCount, count_balls, counts_plot, counts_table
+from vlmslice.page.ball_counts import QUESTION, SIDES, BallCount, count_balls, counts_plot, counts_table
 from vlmslice.page.examples import Example
 from vlmslice.page.line import Line, Turn
 from vlmslice.page.price import NO_IMAGE, price_markup
