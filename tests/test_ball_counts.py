@@ -5,7 +5,7 @@ import pytest
 from tiny_models import tiny_model, tiny_processor, tiny_slicing
 
 from vlmslice import Assistant
-from vlmslice.page.ball_counts import BallCount, CountingMoment, count_balls, counts_plot, counts_table
+from vlmslice.page.ball_counts import BallCount, count_balls, counts_plot, counts_table
 from vlmslice.page.line import Line, Turn
 from vlmslice.slicing import SlicingError, plan_slices
 
@@ -69,10 +69,12 @@ def test_nothing_to_do(line: Line, sides: list[int], policies: list[str], questi
 def test_stopping_keeps_what_was_counted(line: Line) -> None:
     counter = Counter()
     turns: list[Turn] = []
-    last = CountingMoment("", "running")
-    for last in count_balls(counter, line, [224, 448, 672], ["a"], on_turn=turns.append):  # type: ignore[arg-type]
+    moments = []
+    for moment in count_balls(counter, line, [224, 448, 672], ["a"], on_turn=turns.append):  # type: ignore[arg-type]
+        moments.append(moment)
         if len(turns) == 2:
             turns[-1].stop()
+    last = moments[-1]
     assert last.kind == "stopped" and last.status == "Stopped after 1 of 3 pictures."
     assert [count.side for count in last.counts] == [224]
     assert [side for side, _, _ in counter.asked] in ([224], [224, 448])

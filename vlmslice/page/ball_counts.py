@@ -163,6 +163,7 @@ def counts_plot(counts: Sequence[BallCount]) -> str:
             marker="o",
             markersize=4.5,
             linewidth=1.5,
+            linestyle="-" if number < len(_LINE_COLORS) else "--",
             label=policy,
         )
     sides = sorted({count.side for count in counts})

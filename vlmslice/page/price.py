@@ -73,7 +73,7 @@ def _draw(plan: SlicePlan) -> str:
         for box in boxes
     )
     return (
-        f'<svg role="img" aria-label="{len(boxes)} slices of the image" viewBox="{left - edge:g} {top - edge:g} '
+        f'<svg role="img" aria-label="The slices over the image" viewBox="{left - edge:g} {top - edge:g} '
         f'{right - left + 2 * edge:g} {bottom - top + 2 * edge:g}">'
         f'<rect class="vs-outline" width="{width}" height="{height}"/>{shapes}</svg>'
     )
@@ -85,11 +85,12 @@ def _compare(height: int, width: int, config: SlicingConfig, chosen: str) -> str
         try:
             plan = plan_slices(height, width, dataclasses.replace(config, policy=policy))
         except SlicingError:
-            cells = '<td colspan="4">over the budget</td>'
+            cells = '<td colspan="5">over the budget</td>'
         else:
             cells = (
                 f"<td>{plan.grid[0]} × {plan.grid[1]}</td><td>{plan.num_visual_tokens:,}</td>"
-                f"<td>{plan.detail:.2g}</td><td>{plan.distortion:.2f}</td>"
+                f"<td>{plan.detail:.2g}</td><td>{plan.padded:.0%}</td>"
+                f"<td>{plan.distortion:.2f}</td>"
             )
         mark = ' class="vs-chosen"' if policy == chosen else ""
         rows.append(f'<tr{mark}><th scope="row">{html.escape(policy)}</th>{cells}</tr>')
@@ -99,7 +100,8 @@ def _compare(height: int, width: int, config: SlicingConfig, chosen: str) -> str
             ("policy", "Rule by which the image is cut"),
             ("grid", "Rows × columns of slices"),
             ("tokens", "Visual tokens of all views"),
-            ("detail", "Pixels of the slices for each pixel of the image"),
+            ("detail", "Pixels that show the image, for each of its pixels"),
+            ("padded", "Share of the slices that lies beyond the image"),
             ("distortion", "By how much the aspect ratio was changed; 1 is not at all"),
         )
     )
