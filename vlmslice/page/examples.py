@@ -36,7 +36,7 @@ def draw_examples() -> list[Example]:
 
     All but the first are drawn with the fonts that matplotlib brings; without it there is only that one.
     """
-    examples = [Example("Nine balls", draw_nine_balls(672), "How many shapes are there?")]
+    examples = [Example("Nine balls", draw_nine_balls(448), "How many shapes are there?")]
     folder = matplotlib_font_dir()
     if folder is not None:
         fonts = FontLibrary("eval", [folder])
