@@ -98,7 +98,9 @@ def serve_page(
             note("ending ...")
         finally:
             line.close()
-            page.close(verbose=False)
+            if page.is_running:
+                page.server.force_exit = True  # browsers keep their connections open; nobody waits for them
+                page.close(verbose=False)
 
 
 @contextlib.contextmanager
