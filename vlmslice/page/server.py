@@ -98,9 +98,7 @@ def serve_page(
             note("ending ...")
         finally:
             line.close()
-            if page.is_running:
-                page.server.force_exit = True  # browsers keep their connections open; nobody waits for them
-                page.close(verbose=False)
+            page.close(verbose=False)
 
 
 @contextlib.contextmanager
