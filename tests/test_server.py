@@ -67,8 +67,7 @@ def test_a_missing_model(vlmslice_command: Vlmslice, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("ending", [signal.SIGINT, signal.SIGTERM], ids=["ctrl-c", "terminate"])
-def test_serves_until_it_is_ended(saved_model: Path, tmp_path: Path, ending: signal.Signals) -> None:
+def test_serves_until_ctrl_c(saved_model: Path, tmp_path: Path) -> None:
     """Behind a proxy that leads nowhere, and what was uploaded is gone afterwards."""
     environment = os.environ | {
         "TMPDIR": str(tmp_path),
@@ -97,7 +96,7 @@ def test_serves_until_it_is_ended(saved_model: Path, tmp_path: Path, ending: sig
         with pytest.raises(urllib.error.HTTPError, match="403|404"):
             opener.open(f"{address[0]}gradio_api/file={ROOT / 'pyproject.toml'}", timeout=60)
         assert list(tmp_path.glob("vlmslice-demo-*"))
-        process.send_signal(ending)
+        process.send_signal(signal.SIGINT)
         out, err = process.communicate(timeout=60)
     assert (process.returncode, out) == (0, "")
     assert "Traceback" not in err and "loading the model" in err
