@@ -43,14 +43,13 @@ class Answer:
     points: tuple[tuple[float, float], ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
-        """The answer and its plans in dicts, lists, numbers and strings, ready for JSON."""
+        """All but the seconds, to which callers add their own, in dicts, lists, numbers and strings: ready for JSON."""
         return {
             "answer": self.text,
             "points": [[round(part, 1) for part in point] for point in self.points],
             "plans": [plan.to_dict() for plan in self.plans],
             "num_visual_tokens": self.num_visual_tokens,
             "num_new_tokens": self.num_new_tokens,
-            "seconds": {stage: round(value, 4) for stage, value in self.seconds.items()},
         }
 
 

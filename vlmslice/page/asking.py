@@ -119,9 +119,16 @@ def ask(
             "stopped" if turn.stopped else "done",
             answer.text,
             draw_plan(image, plan, answer.points) if answer.points or overlay else None,
-            json.dumps(answer.to_dict(), indent=2, ensure_ascii=False),
+            _to_json(answer, assistant),
             find_table(answer.text),
         )
+
+
+def _to_json(answer: Answer, assistant: Assistant) -> str:
+    """As `vlmslice ask --json` prints it, but for the seconds of loading."""
+    seconds = {stage: round(value, 4) for stage, value in answer.seconds.items()}
+    fields = answer.to_dict() | {"model": assistant.model.name_or_path, "seconds": seconds}
+    return json.dumps(fields, indent=2, ensure_ascii=False)
 
 
 def _summary(answer: Answer) -> str:
