@@ -2,12 +2,13 @@
 
     python benchmarks/slicing_study.py eye
     python benchmarks/slicing_study.py train --arm overlap --seed 1      (12 runs: 4 arms, 3 seeds)
+    python benchmarks/slicing_study.py answer --arm overlap --seed 1
     python benchmarks/slicing_study.py report
 
 All arms see the same pictures in the same order, for as many steps, with encoders that start alike (`eye` trains that
 on whole pictures, without slices) and language models that start alike, by seed. An image has at most five views of
-4 x 4 patches and 80 visual tokens (padding: one view of 9 x 9 patches, 81 tokens). Slices are seen each by itself, their
-visual tokens stand in the prompt between the tags of the spatial schema, and nothing else tells where they lie.
+4 x 4 patches and 80 visual tokens (padding: one view of 9 x 9 patches, 81 tokens). Slices are seen each by itself,
+their visual tokens stand in the prompt between the tags of the spatial schema, and nothing else tells where they lie.
 What came of it: docs/slicing-study.md.
 """
 
@@ -44,7 +45,7 @@ from vlmslice.data.fonts import matplotlib_font_dir
 from vlmslice.data.nine_balls import draw_nine_balls
 from vlmslice.data.samples import TaskSample
 from vlmslice.data.scenes import Scene
-from vlmslice.data.shapes import COLORS, KINDS, scatter_shapes
+from vlmslice.data.shapes import COLORS, KINDS, draw_shape, scatter_shapes
 from vlmslice.data.task_collator import TaskCollator
 from vlmslice.data.typesetting import Pen
 from vlmslice.dense_reader import DenseReader, adopt_dense_reader, save_dense_reader
@@ -104,16 +105,18 @@ def draw_training(seed: int, index: int) -> TaskSample:
     if index % 2:
         aspect = 2 ** rng.uniform(0, 3)
         height = rng.uniform(34, 96) / max(1, math.log2(aspect)) ** 0.5
-        return turned(rng, lambda h, w: draw_number(rng, h, w, rng.uniform(13, 22)), height, height * aspect)
+        return turned(
+            rng, lambda rng, h, w: draw_number(rng, h, w, rng.uniform(13, 22)), height, height * aspect
+        )
     side = rng.uniform(*rng.choice(TRAINED_SIDES))
     return turned(
-        rng, lambda h, w: draw_count(rng, h, w, rng.randint(1, MOST)), side, side * rng.uniform(1, 1.3)
+        rng, lambda rng, h, w: draw_count(rng, h, w, rng.randint(1, MOST)), side, side * rng.uniform(1, 1.3)
     )
 
 
 def turned(rng: random.Random, draw, height: float, width: float) -> TaskSample:
     sides = (round(height), round(width))
-    return draw(*(sides if rng.random() < 0.5 else sides[::-1]))
+    return draw(rng, *(sides if rng.random() < 0.5 else sides[::-1]))
 
 
 # --- models -------------------------------------------------------------------------------------------------------
@@ -261,26 +264,71 @@ def train(
     (folder / "training.json").write_text(json.dumps(facts))
 
 
-class Answered(NamedTuple):
-    sample: TaskSample
-    text: str
+# --- tests --------------------------------------------------------------------------------------------------------
+
+SEEN_SIDES, NEW_SIDES, LARGE_SIDES = (44, 52, 60, 120, 136, 152), (70, 78, 86, 94, 102), (192, 256, 384, 512)
+ASPECTS = (1, 2, 4, 8)
+BALL_SIDES = tuple(range(40, 200, 8)) + (224, 256, 320, 384, 512)
+
+
+def place_shapes(rng: random.Random, side: int, count: int, shared: bool) -> TaskSample:
+    """Up to four shapes, all in parts that two or four of the 2 x 2 tiles of `overlap` share, or all in none of these.
+
+    Tiles of 4 of 6 blocks share the middle third; shapes keep off its borders.
+    """
+    ground = rng.randint(215, 255)
+    image = Image.new("RGB", (side, side), (ground, ground, ground))
+    kind, color = rng.choice(KINDS), rng.choice([name for name in COLORS if name not in ("white", "yellow")])
+    radius = 0.07
+    cells = [(row, col) for row in range(3) for col in range(3) if (1 in (row, col)) == shared]
+    shapes = []
+    for row, col in rng.sample(cells, count):
+        y, x = ((cell + rng.uniform(0.3, 0.7)) / 3 for cell in (row, col))
+        shapes.append(draw_shape(image, kind, color, (y * side, x * side), radius * side, COLORS[color]))
+    return TaskSample("count", Scene(image, shapes=shapes), COUNT, str(count))
+
+
+def test_sets(per_set: int) -> dict[str, list[TaskSample]]:
+    """Pictures by name of the set, the same for all models."""
+    sets = {}
+    for side in (*SEEN_SIDES, *NEW_SIDES, *LARGE_SIDES):
+        rng = random.Random(f"count {side}")
+        sets[f"count/{side}"] = [draw_count(rng, side, side, 1 + k % MOST) for k in range(per_set)]
+    for shared in (False, True):
+        rng = random.Random(f"place {shared}")
+        sets[f"place/{'shared' if shared else 'alone'}"] = [
+            place_shapes(rng, 144, 1 + k % 4, shared) for k in range(2 * per_set)
+        ]
+    for aspect in ASPECTS:
+        rng = random.Random(f"number {aspect}")
+        short = 96 / aspect**0.5
+        sets[f"number/{aspect}"] = [
+            turned(rng, lambda rng, h, w: draw_number(rng, h, w, 15), short, short * aspect)
+            for _ in range(per_set)
+        ]
+    for side in BALL_SIDES:
+        sets[f"balls/{side}"] = [TaskSample("count", Scene(draw_nine_balls(side)), COUNT, "9")]
+    return sets
 
 
 @torch.no_grad()
-def ask(model, processor, samples: list[TaskSample], batch: int = 50) -> list[str]:
-    texts = []
-    for at in range(0, len(samples), batch):
+def ask(
+    model: VlmSliceForConditionalGeneration, processor: VlmSliceProcessor, samples: list[TaskSample]
+) -> list[str]:
+    """Answers, in batches of 50."""
+    texts: list[str] = []
+    for at in range(0, len(samples), 50):
         chats = [
             [
                 {
                     "role": "user",
                     "content": [
-                        {"type": "image", "image": s.scene.image},
-                        {"type": "text", "text": s.question},
+                        {"type": "image", "image": sample.scene.image},
+                        {"type": "text", "text": sample.question},
                     ],
                 }
             ]
-            for s in samples[at : at + batch]
+            for sample in samples[at : at + 50]
         ]
         inputs = processor.apply_chat_template(
             chats, add_generation_prompt=True, tokenize=True, return_dict=True
@@ -291,29 +339,157 @@ def ask(model, processor, samples: list[TaskSample], batch: int = 50) -> list[st
 
 
 @app.command()
-def quick(arm: str, seed: int = 0, out: Path = Path("runs/slicing-study")) -> None:
-    """A first look at one run."""
+def answer(
+    arm: Annotated[str, typer.Option(help=f"Of {', '.join(ARMS)}.")],
+    seed: int = 0,
+    per_set: int = 90,
+    out: Path = Path("runs/slicing-study"),
+) -> None:
+    """Asks one trained model about every test picture."""
+    folder = out / f"{arm}-{seed}"
+    model = VlmSliceForConditionalGeneration.from_pretrained(folder).eval()
     processor = build_processor(arm)
-    model = VlmSliceForConditionalGeneration.from_pretrained(out / f"{arm}-{seed}").eval()
-    for side in (52, 72, 80, 90, 96, 104, 128, 144, 192, 256, 400):
-        rng = random.Random(f"test {side}")
-        samples = [draw_count(rng, side, side, 1 + k % MOST) for k in range(90)]
-        got = [
-            (parse_count(t), int(s.answer))
-            for t, s in zip(ask(model, processor, samples), samples, strict=True)
+    answers = {
+        name: [
+            (sample.answer, text)
+            for sample, text in zip(samples, ask(model, processor, samples), strict=True)
         ]
-        exact = np.mean([a == b for a, b in got])
-        signed = np.mean([(a if a is not None else 0) - b for a, b in got])
-        print(side, f"exact {exact:.2f} signed {signed:+.2f}")
-    for aspect in (1, 2, 4, 8):
-        rng = random.Random(f"test {aspect}")
-        h = 96 / aspect**0.5
-        samples = [draw_number(rng, round(h), round(h * aspect), 15) for k in range(60)]
-        got = ask(model, processor, samples)
-        print("aspect", aspect, np.mean([t == s.answer for t, s in zip(got, samples, strict=True)]))
-    for side in (64, 80, 96, 128, 192, 256):
-        scene = Scene(draw_nine_balls(side))
-        print("nine balls", side, ask(model, processor, [TaskSample("count", scene, COUNT, "9")]))
+        for name, samples in tqdm(test_sets(per_set).items(), desc=folder.name, mininterval=20)
+    }
+    (folder / "answers.json").write_text(json.dumps(answers))
+
+
+# --- report -------------------------------------------------------------------------------------------------------
+
+
+class Figure(NamedTuple):
+    """A mean over seeds and pictures, with its 95 % interval, and the mean of each seed."""
+
+    mean: float
+    low: float
+    high: float
+    seeds: list[float]
+
+    def show(self, percent: bool) -> str:
+        scale, form = (100, ".0f") if percent else (1, "+.2f")
+        low, high = self.low * scale, self.high * scale
+        return f"{self.mean * scale:{form}} ({low:{form}} to {high:{form}})"
+
+
+def summarize(values_SP: np.ndarray) -> Figure:
+    """Of `float[seeds, pictures]`; resampled are seeds, and pictures, the same for all seeds."""
+    rng = np.random.default_rng(0)
+    num_seeds, num_pictures = values_SP.shape
+    means = [
+        values_SP[rng.integers(0, num_seeds, num_seeds)][
+            :, rng.integers(0, num_pictures, num_pictures)
+        ].mean()
+        for _ in range(4000)
+    ]
+    low, high = np.percentile(means, [2.5, 97.5])
+    return Figure(float(values_SP.mean()), float(low), float(high), values_SP.mean(axis=1).tolist())
+
+
+def read_values(out: Path, arm: str, names: list[str], value) -> np.ndarray:
+    """`float[seeds, pictures]` of the pictures of some sets; `value` of truth and answer."""
+    folders = sorted(out.glob(f"{arm}-[0-9]*/answers.json"))
+    rows = []
+    for path in folders:
+        answers = json.loads(path.read_text())
+        rows.append([value(truth, text) for name in names for truth, text in answers[name]])
+    return np.array(rows, dtype=float)
+
+
+def exact(truth: str, text: str) -> float:
+    return text.strip() == truth
+
+
+def signed(truth: str, text: str) -> float:
+    """Error of a count; no number counts as 0 objects."""
+    return (parse_count(text) or 0) - int(truth)
+
+
+@app.command()
+def report(out: Path = Path("runs/slicing-study"), docs: Path = Path("docs")) -> None:
+    """Tables, `docs/experiments/slicing_study.json` and `docs/images/slicing_study.png`."""
+    counts = {
+        "sizes trained on": [f"count/{side}" for side in SEEN_SIDES],
+        "between them": [f"count/{side}" for side in NEW_SIDES],
+        "larger": [f"count/{side}" for side in LARGE_SIDES],
+    }
+    places = {
+        "objects that one tile shows": ["place/alone"],
+        "objects that several show": ["place/shared"],
+    }
+    numbers = {f"1:{aspect}": [f"number/{aspect}"] for aspect in ASPECTS}
+    figures: dict[str, dict] = {}
+
+    def table(title: str, columns: dict[str, list[str]], value, percent: bool) -> None:
+        print(f"\n{title}\n\n| | {' | '.join(columns)} |\n|---|{'---|' * len(columns)}")
+        for arm in ARMS:
+            row = {name: summarize(read_values(out, arm, sets, value)) for name, sets in columns.items()}
+            figures.setdefault(title, {})[arm] = {name: figure._asdict() for name, figure in row.items()}
+            print(f"| `{arm}` | {' | '.join(figure.show(percent) for figure in row.values())} |")
+
+    table("Exact counts, %", counts, exact, True)
+    table("Mean error of counts", counts, signed, False)
+    table("Mean error of counts by place", places, signed, False)
+    table("Exact counts by place, %", places, exact, True)
+    table("Numbers read right, by the shape of the image, %", numbers, exact, True)
+    balls = {
+        arm: read_values(out, arm, [f"balls/{side}" for side in BALL_SIDES], lambda _, t: parse_count(t) or 0)
+        for arm in ARMS
+    }
+    figures["nine balls"] = {"sides": BALL_SIDES, **{arm: values.tolist() for arm, values in balls.items()}}
+    training = {
+        path.parent.name: json.loads(path.read_text()) for path in sorted(out.glob("*-[0-9]*/training.json"))
+    }
+    (docs / "experiments" / "slicing_study.json").write_text(
+        json.dumps({"figures": figures, "training": training}, indent=1)
+    )
+    draw(out, balls, docs / "images" / "slicing_study.png")
+
+
+def draw(out: Path, balls: dict[str, np.ndarray], path: Path) -> None:
+    from matplotlib import pyplot as plt
+
+    sides = sorted((*SEEN_SIDES, *NEW_SIDES, *LARGE_SIDES))
+    fig, axes = plt.subplots(2, 2, figsize=(11, 8), layout="constrained")
+    for arm in ARMS:
+        error = [summarize(read_values(out, arm, [f"count/{side}"], signed)) for side in sides]
+        share = [summarize(read_values(out, arm, [f"count/{side}"], exact)) for side in sides]
+        number = [summarize(read_values(out, arm, [f"number/{aspect}"], exact)) for aspect in ASPECTS]
+        for axis, x, figures, scale in (
+            (axes[0, 0], sides, share, 100),
+            (axes[0, 1], sides, error, 1),
+            (axes[1, 1], ASPECTS, number, 100),
+        ):
+            mean = scale * np.array([figure.mean for figure in figures])
+            [line] = axis.plot(x, mean, marker="o", markersize=4, label=arm)
+            low, high = (scale * np.array([getattr(f, name) for f in figures]) for name in ("low", "high"))
+            axis.fill_between(x, low, high, color=line.get_color(), alpha=0.15, linewidth=0)
+        axes[1, 0].plot(BALL_SIDES, balls[arm].mean(axis=0), marker="o", markersize=3, label=arm)
+    axes[1, 0].axhline(9, color="black", linewidth=0.8)
+    titles = (
+        "exact counts, %",
+        "mean error of counts",
+        "the nine balls: mean answer",
+        "numbers read right, %",
+    )
+    for axis, title in zip(axes.flat, titles, strict=True):
+        axis.set_title(title)
+        axis.set_xscale("log", base=2)
+        axis.spines[["top", "right"]].set_visible(False)
+    for axis in axes.flat[:3]:
+        ticks = (40, 64, 96, 160, 256, 512)
+        axis.set_xticks(ticks, [str(tick) for tick in ticks])
+        axis.set_xlabel("side of the image, px")
+        for first, last in TRAINED_SIDES:
+            axis.axvspan(first, last, color="black", alpha=0.06, linewidth=0)
+    axes[1, 1].set_xticks(ASPECTS, [f"1:{aspect}" for aspect in ASPECTS])
+    axes[1, 1].set_xlabel("shape of the image")
+    axes[0, 0].legend(frameon=False)
+    fig.savefig(path, dpi=110)
 
 
 if __name__ == "__main__":
