@@ -12,7 +12,7 @@ from vlmslice.slicing_policies import POLICIES
 
 _LINE, _FILL = (214, 39, 40), (214, 39, 40, 32)
 _INK, _FAINT, _PAPER, _BEYOND = (40, 40, 40), (120, 120, 120), (255, 255, 255), (205, 205, 205)
-_GAP, _TEXT_WIDTH, _LEADING = 18, 218, 18
+_GAP, _TEXT_WIDTH, _LEADING = 18, 228, 18
 _TILE_AREA, _MIN_SIDE, _MAX_SIDE = 270 * 200, 24, 980  # of the picture in a tile
 _WHOLE_SIDES = 72, 130  # of the thumbnail right of the figures, and below them
 _SHEET_ASPECT = 1.6
@@ -243,7 +243,7 @@ def _arrange(title: str, tiles: list[Image.Image]) -> Image.Image:
     def misfit(cols: int) -> float:
         rows = math.ceil(len(tiles) / cols)
         aspect = (cols * (width + _GAP)) / (rows * (height + _GAP))
-        return abs(math.log(aspect / _SHEET_ASPECT)) + 0.05 * (cols * rows - len(tiles))
+        return abs(math.log(aspect / _SHEET_ASPECT)) + 0.2 * (cols * rows - len(tiles))
 
     cols = min(range(1, len(tiles) + 1), key=misfit)
     rows = math.ceil(len(tiles) / cols)
