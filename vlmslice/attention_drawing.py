@@ -8,12 +8,12 @@ from dataclasses import dataclass
 import numpy as np
 from PIL import Image, ImageDraw, ImageFilter, ImageFont
 
-from vlmslice.attention_map import AttentionMap
+from vlmslice.attention_map import AttentionMap, Part
 
 _INK, _FAINT, _PAPER, _MARK = (40, 40, 40), (120, 120, 120), (255, 255, 255), (255, 214, 92)
 _COLD, _HOT = np.array((255.0, 190.0, 40.0)), np.array((200.0, 0.0, 40.0))
-_GAP, _MIN_SIDE, _MAX_SIDE, _FRAME_AREA = 16, 480, 900, 260 * 200
-_FADED = 0.35  # share of white in the image under the heat
+_GAP, _MIN_SIDE, _MAX_SIDE, _FRAME_AREA = 16, 480, 900, 210 * 160
+_GREYED, _FADED = 0.6, 0.35  # of the image under the heat, shares of grey and then of white
 
 
 def draw_heat(image: Image.Image, attention: AttentionMap, weights: np.ndarray) -> Image.Image:
@@ -24,7 +24,8 @@ def draw_heat(image: Image.Image, attention: AttentionMap, weights: np.ndarray) 
         attention: The map.
         weights: `float64[M]`, such as one of `attention.parts()`.
     """
-    faded = Image.blend(image.convert("L").convert("RGB"), Image.new("RGB", image.size, _PAPER), _FADED)
+    faded = Image.blend(image, image.convert("L").convert("RGB"), _GREYED)
+    faded = Image.blend(faded, Image.new("RGB", image.size, _PAPER), _FADED)
     heat = attention.heat(weights, image.height, image.width)
     # Edges of tokens say nothing; half a token of blur takes them off.
     sides = attention.boxes[:, 2] - attention.boxes[:, 0]
@@ -40,41 +41,42 @@ def draw_heat(image: Image.Image, attention: AttentionMap, weights: np.ndarray) 
     return Image.fromarray(np.rint(np.asarray(faded) * (1 - alpha) + color * alpha).astype(np.uint8))
 
 
-def draw_attention(image: Image.Image, attention: AttentionMap, by: str = "word") -> Image.Image:
+def draw_attention(
+    image: Image.Image, attention: AttentionMap, by: str = "word", max_parts: int = 60
+) -> Image.Image:
     """Question and answer, the heat of the whole answer, and below it a small picture for each of its parts.
 
     Args:
         image: As `load_image` returns it.
         attention: Of this image.
         by: `word` or `character`.
+        max_parts: Most small pictures.
 
     Raises:
         AttentionError: `by` is neither.
     """
-    parts = attention.parts(by)
+    parts = attention.parts(by)[:max_parts]
     whole = draw_heat(_scaled(image), attention, attention.weights.mean(axis=0))
-    small = _shrunk(image, _FRAME_AREA)
-    labelled = max((ImageFont.load_default(14).getlength(label) for label, _ in parts), default=0)
-    width, height = max(small.width, math.ceil(labelled)), small.height + 22
-    cols = max(1, min((max(whole.width, 640) + _GAP) // (width + _GAP), len(parts)))
+    inner = max(whole.width, _MIN_SIDE)
+    # As many small pictures in a row as fill it.
+    wide = math.sqrt(_FRAME_AREA * image.width / image.height)
+    cols = min(max(round((inner + _GAP) / (wide + _GAP)), 1), max(len(parts), 3))
+    width = (inner - (cols - 1) * _GAP) // cols
+    small = image.resize((width, max(round(image.height * width / image.width), 1)), Image.Resampling.LANCZOS)
+    lines = [(line, _FAINT) for line in _wrap(attention.question, inner)]
+    lines += [(line, _INK) for line in _wrap(attention.answer, inner)]
+    head = _GAP + 22 * len(lines) + 10
+    first, step = head + whole.height + _GAP, small.height + 22 + _GAP
     rows = math.ceil(len(parts) / cols)
-    inner = max(whole.width, cols * (width + _GAP) - _GAP)
-    text = _wrap(f"{attention.question}", inner) + _wrap(f"{attention.answer}", inner)
-    num_question = len(_wrap(attention.question, inner))
-    head = 22 * len(text) + 10
-    size = (inner + 2 * _GAP, _GAP + head + whole.height + (rows * (height + _GAP)) + _GAP)
-    sheet = Image.new("RGB", size, _PAPER)
+    sheet = Image.new("RGB", (inner + 2 * _GAP, first + rows * step), _PAPER)
     canvas = ImageDraw.Draw(sheet)
-    for number, line in enumerate(text):
-        ink = _FAINT if number < num_question else _INK
+    for number, (line, ink) in enumerate(lines):
         canvas.text((_GAP, _GAP + 22 * number), line, font=ImageFont.load_default(16), fill=ink)
-    sheet.paste(whole, (_GAP, _GAP + head))
-    for number, (label, weights) in enumerate(parts):
-        row, col = divmod(number, cols)
-        left = _GAP + col * (width + _GAP)
-        top = 2 * _GAP + head + whole.height + row * (height + _GAP)
-        canvas.text((left, top), label, font=ImageFont.load_default(14), fill=_INK)
-        sheet.paste(draw_heat(small, attention, weights), (left, top + 22))
+    sheet.paste(whole, (_GAP, head))
+    for number, part in enumerate(parts):
+        left, top = _GAP + number % cols * (width + _GAP), first + number // cols * step
+        canvas.text((left, top), part.label, font=ImageFont.load_default(14), fill=_INK)
+        sheet.paste(draw_heat(small, attention, part.weights), (left, top + 22))
     return sheet
 
 
@@ -89,56 +91,53 @@ def draw_frames(image: Image.Image, attention: AttentionMap, by: str = "word") -
     Raises:
         AttentionError: `by` is neither.
     """
-    shown = _scaled(image)
-    parts = attention.parts(by)
-    lines = _lay_out([label for label, _ in parts], max(shown.width, _MIN_SIDE), 5 if by == "word" else 2)
-    size = (max(shown.width, _MIN_SIDE) + 2 * _GAP, shown.height + 3 * _GAP + lines[-1].top + 24)
-    frames = []
-    font = ImageFont.load_default(16)
-    for number, (_, weights) in enumerate(parts):
+    shown, parts = _scaled(image), attention.parts(by)
+    width = max(shown.width, _MIN_SIDE)
+    labels = _lay_out(parts, width)
+    size = (width + 2 * _GAP, shown.height + 3 * _GAP + (labels[-1].top if labels else 0) + 20)
+    font, frames = ImageFont.load_default(16), []
+    for part in parts:
         frame = Image.new("RGB", size, _PAPER)
         canvas = ImageDraw.Draw(frame)
-        for index, label in enumerate(lines):
-            place = (_GAP + label.left, _GAP + label.top)
-            if index == number:
-                canvas.rectangle(
-                    (place[0] - 2, place[1] - 1, place[0] + label.width + 2, place[1] + 20), fill=_MARK
-                )
-            canvas.text(place, label.text, font=font, fill=_INK)
-        frame.paste(draw_heat(shown, attention, weights), (_GAP, size[1] - _GAP - shown.height))
+        for label in labels:
+            left, top = _GAP + label.left, _GAP + label.top
+            if label.part is part:
+                canvas.rectangle((left - 2, top - 1, left + label.width + 2, top + 20), fill=_MARK)
+            canvas.text((left, top), label.part.label, font=font, fill=_INK)
+        frame.paste(draw_heat(shown, attention, part.weights), (_GAP, size[1] - _GAP - shown.height))
         frames.append(frame)
     return frames
 
 
 @dataclass(frozen=True)
 class _Label:
-    text: str
+    part: Part
     left: float
     top: int
     width: float
 
 
-def _lay_out(labels: list[str], width: int, space: int) -> list[_Label]:
-    """Labels one after the other, in lines no wider than `width` px."""
+def _lay_out(parts: list[Part], width: int) -> list[_Label]:
+    """Labels one after the other, in lines no wider than `width` px, with space where tokens stand between them."""
     font = ImageFont.load_default(16)
-    found, left, top = [], 0.0, 0
-    for label in labels:
-        length = font.getlength(label)
+    found: list[_Label] = []
+    left, top = 0.0, 0
+    for part in parts:
+        length = font.getlength(part.label)
+        if found:
+            before = found[-1].part
+            is_next = part.tokens[0] == before.tokens[-1] + 1 and not part.label.startswith("point")
+            left += 1 if is_next and len(part.label) == 1 else 7
         if left and left + length > width:
             left, top = 0.0, top + 24
-        found.append(_Label(label, left, top, length))
-        left += length + space
+        found.append(_Label(part, left, top, length))
+        left += length
     return found
 
 
 def _scaled(image: Image.Image) -> Image.Image:
     longest = max(image.size)
     scale = min(max(longest, _MIN_SIDE), _MAX_SIDE) / longest
-    return image.resize([max(round(side * scale), 1) for side in image.size], Image.Resampling.LANCZOS)
-
-
-def _shrunk(image: Image.Image, area: float) -> Image.Image:
-    scale = min(math.sqrt(area / math.prod(image.size)), _MAX_SIDE / max(image.size))
     return image.resize([max(round(side * scale), 1) for side in image.size], Image.Resampling.LANCZOS)
 
 

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -30,6 +31,20 @@ from vlmslice.spatial_schema import LOCATION_TOKENS
 
 class AttentionError(VlmSliceError, ValueError):
     """A model gives no attention to show."""
+
+
+class Part(NamedTuple):
+    """A word, a character or a point of an answer.
+
+    Attributes:
+        label: The text; points are numbered.
+        tokens: Numbers of its tokens.
+        weights: `float64[M]`, the mean of theirs.
+    """
+
+    label: str
+    tokens: tuple[int, ...]
+    weights: np.ndarray
 
 
 @dataclass(frozen=True)
@@ -60,8 +75,8 @@ class AttentionMap:
     boxes: np.ndarray
     views: np.ndarray
 
-    def parts(self, by: str = "word") -> list[tuple[str, np.ndarray]]:
-        """The answer in words or characters, each with its mean weights `float64[M]`; a point is one part.
+    def parts(self, by: str = "word") -> list[Part]:
+        """The answer in words or characters, without the spaces between; a point is one part.
 
         Args:
             by: `word` or `character`.
@@ -72,7 +87,7 @@ class AttentionMap:
         if by not in ("word", "character"):
             raise AttentionError(f"the answer is asked for by {by!r}; expected 'word' or 'character'")
         return [
-            (label, self.weights[list(tokens)].mean(axis=0))
+            Part(label, tokens, self.weights[list(tokens)].mean(axis=0))
             for label, tokens in _group(self.pieces, self.is_location, by == "word")
         ]
 
@@ -259,28 +274,30 @@ def _spell_pieces(
 def _group(
     pieces: Sequence[str], is_location: Sequence[bool], by_word: bool
 ) -> list[tuple[str, tuple[int, ...]]]:
-    """Labels and tokens of each part: a point is two locations, a word or character ends as the text says."""
+    """Labels and tokens of each part: a point is two locations, words end at spaces, characters with their text."""
     parts: list[tuple[str, tuple[int, ...]]] = []
     text, tokens, num_points = "", [], 0
+
+    def end() -> None:
+        nonlocal text, tokens
+        if text.strip():
+            parts.append((text.strip(), tuple(tokens)))
+        text, tokens = "", []
+
     for index, (piece, is_one) in enumerate(zip(pieces, is_location, strict=True)):
-        ends_before = is_one != (index > 0 and is_location[index - 1]) or (is_one and len(tokens) == 2)
-        ends_before |= not is_one and by_word and piece[:1].isspace()
-        if ends_before and tokens:
-            parts.append((text, tuple(tokens)))
-            text, tokens = "", []
+        if tokens and (is_one != is_location[index - 1] or piece[:1].isspace()):
+            end()
         if is_one:
             num_points += not tokens
             text = f"point {num_points}"
         else:
             text += piece
         tokens.append(index)
-        ends = not is_one and (not by_word and piece or (by_word and piece[-1:].isspace()))
-        if ends:
-            parts.append((text, tuple(tokens)))
-            text, tokens = "", []
-    if tokens:
-        parts.append((text, tuple(tokens)))
-    return [(label.strip(), found) for label, found in parts if label.strip()]
+        is_whole = len(tokens) == 2 if is_one else piece[-1:].isspace() or (piece and not by_word)
+        if is_whole:
+            end()
+    end()
+    return parts
 
 
 def _cover(start: float, end: float, length: int) -> tuple[int, np.ndarray]:
