@@ -151,9 +151,7 @@ def attend(
     with torch.inference_mode():
         ids = model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False)
         weights_LHAM = _look_again(model, dict(inputs) | {"input_ids": ids}, prompt_length)
-    weights_LHAM = weights_LHAM[
-        _choose("layer", layers, guided_layers(len(weights_LHAM)), len(weights_LHAM))
-    ]
+    weights_LHAM = weights_LHAM[_choose("layer", layers, guided_layers(len(weights_LHAM)), len(weights_LHAM))]
     num_heads = weights_LHAM.shape[1]
     weights_LHAM = weights_LHAM[:, _choose("head", heads, range(num_heads), num_heads)]
     answer_ids = ids[0, prompt_length:].tolist()
@@ -263,7 +261,9 @@ def _spell_pieces(
             continue
         pending.append(token)
         text = tokenizer.decode(pending, skip_special_tokens=True)
-        if text.endswith("\N{REPLACEMENT CHARACTER}") and len(pending) < 4:  # bytes of a character yet to come
+        if (
+            text.endswith("\N{REPLACEMENT CHARACTER}") and len(pending) < 4
+        ):  # bytes of a character yet to come
             text = ""
         else:
             pending = []

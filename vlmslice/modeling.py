@@ -379,7 +379,9 @@ class VlmSliceForConditionalGeneration(VlmSlicePreTrainedModel, GenerationMixin)
             auxiliary_loss=auxiliary_loss,
             metrics=metrics,
             visual_memory=visual_memory if labels is None else None,
-            cross_attentions=tuple(self.cross_attention.weights) if self.cross_attention is not None else None,
+            cross_attentions=tuple(self.cross_attention.weights)
+            if self.cross_attention is not None
+            else None,
         )
 
     def _see_nothing(self, inputs_embeds: torch.Tensor) -> tuple[torch.Tensor, VisualMemory | None]:

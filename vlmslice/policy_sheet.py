@@ -136,9 +136,7 @@ def _draw_slices(
 ) -> Image.Image:
     def pixels(box: Rectangle) -> tuple[int, int, int, int]:
         """(left, top, right, bottom) on the canvas, as Pillow has it, the last row and column included."""
-        top, left, bottom, right = (
-            round((edge - bounds[axis % 2]) * scale) for axis, edge in enumerate(box)
-        )
+        top, left, bottom, right = (round((edge - bounds[axis % 2]) * scale) for axis, edge in enumerate(box))
         return left, top, max(right - 1, left), max(bottom - 1, top)
 
     _, _, last_x, last_y = pixels(bounds)
