@@ -11,6 +11,7 @@ from vlmslice.data.fonts import load_font, matplotlib_font_dir
 from vlmslice.marking import Mark, Marked, Row
 
 _PAPER, _FRAME, _FAINT = (255, 255, 255), (205, 205, 205), (120, 120, 120)
+_RULE = (228, 228, 228)
 _INKS = {
     Mark.NONE: (40, 40, 40),
     Mark.RIGHT: (20, 110, 55),
@@ -18,9 +19,9 @@ _INKS = {
     Mark.MISSED: (120, 120, 120),
     Mark.NOTE: (120, 120, 120),
 }
-_MARGIN, _LEADING, _SIGN, _COLUMN_GAP = 20, 22, 18, 18
-_PANEL_WIDTH, _IMAGE_SIDES = 430, (700, 620)  # px; height and width of the image at most
-_SIZE, _TITLE_SIZE = 14, 16
+_MARGIN, _LEADING, _SIGN, _COLUMN_GAP = 20, 25, 20, 18
+_PANEL_WIDTH, _IMAGE_SIDES = 460, (600, 560)  # px; height and width of the image at most
+_SIZE = 16
 
 _Font = ImageFont.ImageFont | ImageFont.FreeTypeFont
 
@@ -58,16 +59,18 @@ def draw_answer_sheet(image: Image.Image, asked: Sequence[tuple[str, Marked]]) -
 def _draw_panel(asked: Sequence[tuple[str, Marked]], width: int) -> Image.Image:
     panel = Image.new("RGB", (width, 8000), _PAPER)  # cut to what was written
     canvas = ImageDraw.Draw(panel)
-    font, title_font = _font(_SIZE), _font(_TITLE_SIZE)
+    font = _font(_SIZE)
     top = 0
     for question, marked in asked:
-        for line in _wrap(question, title_font, width):
-            canvas.text((0, top), line, font=title_font, fill=(0, 0, 0))
+        for line in _wrap(question, font, width):
+            canvas.text((0, top), line, font=font, fill=(0, 0, 0), stroke_width=0.3)
             top += _LEADING
         top += 4
         widths = _column_widths(marked.rows, font, width)
         for row in marked.rows:
-            top += _draw_row(canvas, row, widths.get(len(row), []), font, top, width)
+            top += _draw_row(canvas, row, widths[len(row)], font, top, width)
+            if len(row) > 1:
+                canvas.line((0, top - 2, min(sum(widths[len(row)]), width), top - 2), fill=_RULE)
         top += 2
         for line in _wrap(marked.summary, font, width):
             canvas.text((0, top), line, font=font, fill=_FAINT)
@@ -110,7 +113,7 @@ def _draw_row(
 
 def _draw_sign(canvas: ImageDraw.ImageDraw, mark: Mark, left: float, top: float) -> None:
     """A tick, a cross or a dash: colour alone does not tell all readers."""
-    y, ink = top + 9, _INKS[mark]
+    y, ink = top + 10, _INKS[mark]
     if mark is Mark.RIGHT:
         canvas.line((left + 2, y, left + 5, y + 4, left + 12, y - 5), fill=ink, width=2)
     elif mark is Mark.WRONG:

@@ -137,8 +137,8 @@ def attend(
         max_new_tokens: As in `Assistant.ask`.
         layers: Numbers of the looking layers (with other connectors, of the language layers) to average; by default
             those that the guide loss teaches, see `attention_guide.guided_layers`.
-        heads: Numbers of the heads to average, None for all; by default the first, which the guide loss teaches to look at what the
-            next token is read from. Of a model trained without that loss, all heads tell more than the first.
+        heads: Numbers of the heads to average, None for all; by default the first, which the guide loss teaches to
+            look at what the next token is read from. Of a model trained without that loss, all heads tell more.
 
     Raises:
         AttentionError: There are no such layers or heads, or the answer is empty.
@@ -260,7 +260,7 @@ def _spell_pieces(
             pieces.append(str(number))
             continue
         pending.append(token)
-        text = tokenizer.decode(pending, skip_special_tokens=True)
+        text = str(tokenizer.decode(pending, skip_special_tokens=True))
         if (
             text.endswith("\N{REPLACEMENT CHARACTER}") and len(pending) < 4
         ):  # bytes of a character yet to come
@@ -276,7 +276,8 @@ def _group(
 ) -> list[tuple[str, tuple[int, ...]]]:
     """Labels and tokens of each part: a point is two locations, words end at spaces, characters with their text."""
     parts: list[tuple[str, tuple[int, ...]]] = []
-    text, tokens, num_points = "", [], 0
+    text, num_points = "", 0
+    tokens: list[int] = []
 
     def end() -> None:
         nonlocal text, tokens

@@ -92,7 +92,7 @@ def render_exhibit(
             if turn.question in questions:
                 return Exhibit(sample.scene.image, turn.question, turn.answer)
     raise DemonstrationError(
-        f"the task {task!r} asked none of {sorted(questions)} in {_MOST_TRIES} pictures; expected questions that it asks"
+        f"the task {task!r} asked none of {sorted(questions)} in {_MOST_TRIES} pictures; expected some of its own"
     )
 
 
@@ -218,6 +218,21 @@ def save_picture(picture: Image.Image | list[Image.Image], path: Path) -> None:
     else:
         _save(picture, path)
     print(f"picture written to {path}", file=sys.stderr)
+
+
+def shrink_picture(path: Path, max_bytes: int = 150_000, max_width: int = 1200) -> None:
+    """Writes a PNG again, in a palette and as small as it must be to have at most `max_bytes`."""
+    from PIL import Image
+
+    picture = Image.open(path).convert("RGB")
+    width = min(picture.width, max_width)
+    while True:
+        size = (width, max(round(picture.height * width / picture.width), 1))
+        small = picture.resize(size, Image.Resampling.LANCZOS) if size != picture.size else picture
+        small.quantize(128, dither=Image.Dither.NONE).save(path, optimize=True)
+        if path.stat().st_size <= max_bytes:
+            return
+        width = round(0.85 * width)
 
 
 def run_demo(command: Callable[..., None]) -> NoReturn:

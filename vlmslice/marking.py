@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import csv
 import json
+from collections import Counter
 from enum import Enum
 from itertools import zip_longest
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 from vlmslice.data.tables import table_to_html
 from vlmslice.metrics import (
@@ -100,9 +101,9 @@ def mark_table(answer: str, truth: str | None) -> Marked:
         return Marked([tuple(Cell(text) for text in row) for row in got], _UNKNOWN)
     expected = _read_csv(truth)
     rows: list[Row] = []
-    for is_text, should in zip_longest(got, expected, fillvalue=[]):
+    for got_row, expected_row in zip_longest(got, expected):
         cells = []
-        for text, true in zip_longest(is_text, should):
+        for text, true in zip_longest(got_row or [], expected_row or []):
             if text is None:
                 cells.append(Cell(true, Mark.MISSED))
             elif true is not None and normalize_text(text) == normalize_text(true):
@@ -123,7 +124,7 @@ def mark_edges(answer: str, truth: str | None) -> Marked:
         answer: As the model gave it.
         truth: Likewise; None if it is not known.
     """
-    got = parse_edges(answer)
+    got = cast("Counter[tuple[str, str]] | None", parse_edges(answer))
     if truth is None:
         return Marked([(Cell(" -> ".join(edge)),) for edge in got or ()] or _raw(answer, Mark.NONE), _UNKNOWN)
     # Names are compared without case, and shown as they stand in the picture.
@@ -132,7 +133,7 @@ def mark_edges(answer: str, truth: str | None) -> Marked:
     }
     right = [edge for edge in got or () if edge in spelled]
     rows: list[Row] = [(Cell(spelled[edge], Mark.RIGHT),) for edge in right]
-    rows += [(Cell(" -> ".join(map(str, edge)), Mark.WRONG),) for edge in (got or {}) if edge not in spelled]
+    rows += [(Cell(" -> ".join(edge), Mark.WRONG),) for edge in (got or {}) if edge not in spelled]
     if got is None:
         rows = _raw(answer, Mark.WRONG)
     rows += [(Cell(line, Mark.MISSED),) for edge, line in spelled.items() if edge not in right]
