@@ -19,6 +19,8 @@ _GREYED, _FADED = 0.6, 0.35  # of the image under the heat, shares of grey and t
 def draw_heat(image: Image.Image, attention: AttentionMap, weights: np.ndarray) -> Image.Image:
     """The image, faded, with heat where the weight is: from yellow for little to red for the most.
 
+    All of it is the fainter, the more of the weight lies on "nothing".
+
     Args:
         image: Of the map, at any resolution; the drawing has the same.
         attention: The map.
@@ -34,7 +36,7 @@ def draw_heat(image: Image.Image, attention: AttentionMap, weights: np.ndarray) 
     if highest <= 0:
         return faded
     # Weights span decades; the root shows a twentieth of the most as a quarter.
-    grey = Image.fromarray(np.rint(255 * np.sqrt(heat / highest)).astype(np.uint8))
+    grey = Image.fromarray(np.rint(255 * np.sqrt(heat / highest * min(weights.sum(), 1.0))).astype(np.uint8))
     strength = np.asarray(grey.filter(ImageFilter.GaussianBlur(radius)), dtype=np.float64)[..., None] / 255
     color = _COLD + (_HOT - _COLD) * strength
     alpha = 0.85 * np.minimum(1.3 * strength, 1.0)
@@ -61,7 +63,7 @@ def draw_attention(
     # As many small pictures in a row as fill it.
     wide = math.sqrt(_FRAME_AREA * image.width / image.height)
     cols = min(max(round((inner + _GAP) / (wide + _GAP)), 1), max(len(parts), 3))
-    width = (inner - (cols - 1) * _GAP) // cols
+    width = min((inner - (cols - 1) * _GAP) // cols, round(1.4 * wide))
     small = image.resize((width, max(round(image.height * width / image.width), 1)), Image.Resampling.LANCZOS)
     lines = [(line, _FAINT) for line in _wrap(attention.question, inner)]
     lines += [(line, _INK) for line in _wrap(attention.answer, inner)]

@@ -285,7 +285,7 @@ class VlmSliceForConditionalGeneration(VlmSlicePreTrainedModel, GenerationMixin)
         samples = find_samples(position_ids, attention_mask, past_key_values, use_cache, self.language_model)
         if samples is not None:
             use_cache = False
-        image_outputs, placeholder_mask = None, None
+        image_outputs, placeholder_mask, shows_weights = None, None, False
         if inputs_embeds is None:
             inputs_embeds = self.get_input_embeddings()(input_ids)
         if pixel_values is not None:
@@ -311,8 +311,8 @@ class VlmSliceForConditionalGeneration(VlmSlicePreTrainedModel, GenerationMixin)
         if self.cross_attention is not None:
             if last_points is None and input_ids is not None:
                 last_points = self._last_points(input_ids, samples)
-            output_attentions = bool(kwargs.pop("output_attentions", False))
-            self.cross_attention.look_at(visual_memory, last_points, is_guided or output_attentions, samples)
+            shows_weights = bool(kwargs.pop("output_attentions", False))
+            self.cross_attention.look_at(visual_memory, last_points, is_guided or shows_weights, samples)
         if self.visual_expert is not None:
             if placeholder_mask is None and self.training:
                 # Of no visual tokens the experts get gradients of zero: all processes have gradients for the same
@@ -379,9 +379,7 @@ class VlmSliceForConditionalGeneration(VlmSlicePreTrainedModel, GenerationMixin)
             auxiliary_loss=auxiliary_loss,
             metrics=metrics,
             visual_memory=visual_memory if labels is None else None,
-            cross_attentions=tuple(self.cross_attention.weights)
-            if self.cross_attention is not None
-            else None,
+            cross_attentions=tuple(self.cross_attention.weights) if shows_weights else None,
         )
 
     def _see_nothing(self, inputs_embeds: torch.Tensor) -> tuple[torch.Tensor, VisualMemory | None]:
