@@ -30,16 +30,15 @@ def test_weight_on_nothing_leaves_the_image_cold() -> None:
 
 
 @pytest.mark.parametrize("height,width", [(100, 200), (300, 40), (40, 300)])
-def test_sheet_holds_a_picture_for_each_part(height: int, width: int) -> None:
+def test_any_shape_can_be_drawn(height: int, width: int) -> None:
     plan = plan_of(height, width)
     num = plan.num_visual_tokens
     attention = map_of(plan, np.stack([one_hot(num, i % num) for i in range(5)]))
     image = Image.new("RGB", (width, height), "white")
     by_word, by_character = draw_attention(image, attention), draw_attention(image, attention, "character")
-    assert by_character.height >= by_word.height
     assert by_character.width == by_word.width <= 1000
     assert len(draw_frames(image, attention, "character")) == 5
-    assert is_warm(by_word).sum() > 0
+    assert is_warm(by_word).any() and is_warm(by_character).any()
 
 
 def test_frames_mark_one_label_after_the_other() -> None:
