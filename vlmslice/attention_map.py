@@ -60,8 +60,8 @@ class AttentionMap:
         is_location: For each token, whether it is such a number.
         weights: `float64[A, M]`; with `nothing`, each row sums to 1.
         nothing: `float64[A]`, the weight of what is no image.
-        boxes: `float64[M, 4]` top, left, bottom, right of each visual token in px of the image; of each view they are
-            the tiles, and they reach beyond the image where the view does.
+        boxes: `float64[M, 4]` top, left, bottom, right of each visual token in px of the image; they tile what is kept
+            of each view, and reach beyond the image where the view does.
         views: `int64[M]`, number of each token's view in `plan.views`.
     """
 
@@ -162,7 +162,7 @@ def attend(
         raise AttentionError("the answer is empty, so nothing was looked at for it; ask something else")
     weights_AM = weights_LHAM.mean(dim=(0, 1))[: len(answer_ids)].double().cpu().numpy()
     pieces, is_location = _spell_pieces(processor.tokenizer, answer_ids, processor.location_token_id)
-    boxes, views = token_boxes(
+    boxes, views = locate_tokens(
         plan, model.config.slicing["merge_size"], model.config.slicing["tokens_per_view"]
     )
     return AttentionMap(
@@ -178,7 +178,7 @@ def attend(
     )
 
 
-def token_boxes(
+def locate_tokens(
     plan: SlicePlan, merge_size: int, tokens_per_view: int | None
 ) -> tuple[np.ndarray, np.ndarray]:
     """Where the visual tokens of an image lie on it, in the order in which the model receives them.
@@ -198,7 +198,10 @@ def token_boxes(
             if tokens_per_view is None
             else query_grid(tokens_per_view)
         )
-        found = [_cell_box(view, row, col, rows, cols) for row in range(rows) for col in range(cols)]
+        top, left, bottom, right = view.token_box or (0, 0, rows, cols)
+        found = [
+            _cell_box(view, row, col, rows, cols) for row in range(top, bottom) for col in range(left, right)
+        ]
         boxes += found
         views += [number] * len(found)
     return np.array(boxes, dtype=np.float64).reshape(-1, 4), np.array(views, dtype=np.int64)
@@ -206,9 +209,8 @@ def token_boxes(
 
 def _cell_box(view: View, row: int, col: int, rows: int, cols: int) -> tuple[float, float, float, float]:
     """One of rows x cols equal cells of a view, in px of the image."""
-    top, left, bottom, right = view.box
-    high, wide = (bottom - top) / rows, (right - left) / cols
-    return top + row * high, left + col * wide, top + (row + 1) * high, left + (col + 1) * wide
+    high, wide = view.size[0] / rows, view.size[1] / cols
+    return view.box_to_image((row * high, col * wide, (row + 1) * high, (col + 1) * wide))
 
 
 def _look_again(model: VlmSliceForConditionalGeneration, inputs: dict, prompt_length: int) -> torch.Tensor:

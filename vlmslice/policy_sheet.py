@@ -196,7 +196,7 @@ def _notes(
 
 
 def describe(plan: SlicePlan) -> list[str]:
-    """The figures of a plan, a line each: slices, overview, visual tokens, pixels of the slices, distortion."""
+    """The figures of a plan, a line each: slices, overview, visual tokens, pixels that show the image, distortion."""
     rows, cols = plan.grid
     piece, overview = plan.slices[0], plan.overview
     megapixels = plan.detail * math.prod(plan.image_size) / 1e6
@@ -206,7 +206,7 @@ def describe(plan: SlicePlan) -> list[str]:
         f"overview {overview.size[1]} x {overview.size[0]} px" if overview else "no overview",
         f"{plan.num_visual_tokens:,} visual tokens",
         f"{megapixels:.2g} megapixels, {plan.detail:.0%} of the image's",
-        f"distortion {plan.distortion:.2f}",
+        f"distortion {plan.distortion:.2f}, padded {plan.padded:.0%}",
     ]
 
 
