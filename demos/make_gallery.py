@@ -11,7 +11,7 @@ from vlmslice.demonstration import ModelOption, run_demo, shrink_picture
 
 DEMOS = Path(__file__).parent
 GALLERY = {
-    "slicing_explorer.png": ["slicing_explorer.py", "1280x960"],
+    "slicing_explorer.png": ["slicing_explorer.py", "800x600", "--max-visual-tokens", "8192"],
     "slicing_explorer_strip.png": ["slicing_explorer.py", "2400x300"],
     "read_receipt.png": ["read_receipt.py"],
     "chart_table.png": ["chart_table.py"],

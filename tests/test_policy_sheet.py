@@ -63,6 +63,14 @@ def test_beyond_the_image_is_grey() -> None:
     outside, inside = picture[20, 50], picture[100, 50]
     assert (picture[180, 50] == outside).all()
     assert outside.sum() < inside.sum()
+    narrow = draw_slices(plan_of((10, 10, 90, 90)), bounds=(-50, 0, 150, 100))
+    assert (narrow[20, 50] == 255).all()  # no slice shows it
+
+
+def test_no_more_than_a_margin_of_padding_is_drawn() -> None:
+    plan = plan_of((-5000, 0, 5000, 100))
+    assert policy_sheet._bounds(100, 100, {"any": plan}) == (-15, 0, 115, 100)
+    assert policy_sheet._bounds(100, 100, {"any": plan_of((-5, 0, 100, 100))}) == (-5, 0, 100, 100)
 
 
 def test_thumbnail_shows_padding_and_distortion() -> None:
@@ -84,7 +92,7 @@ def test_figures_are_those_of_the_plan() -> None:
     plan = plan_slices(480, 720, CONFIG)
     lines = " | ".join(describe(plan))
     assert "2 x 3 slices" in lines and f"{plan.num_visual_tokens:,} visual tokens" in lines
-    assert f"distortion {plan.distortion:.2f}" in lines and f"{plan.detail:.0%}" in lines
+    assert f"distortion {plan.distortion:.2f}" in lines and f"{100 * plan.detail:.0f} % of" in lines
     assert describe(plan_slices(100, 100, CONFIG))[0] == "one view"
 
 

@@ -12,9 +12,10 @@ from vlmslice.slicing_policies import POLICIES
 
 _LINE, _FILL = (214, 39, 40), (214, 39, 40, 32)
 _INK, _FAINT, _PAPER, _BEYOND = (40, 40, 40), (120, 120, 120), (255, 255, 255), (205, 205, 205)
-_GAP, _TEXT_WIDTH, _LEADING = 18, 228, 18
+_GAP, _TEXT_WIDTH, _LEADING = 18, 236, 18
 _TILE_AREA, _MIN_SIDE, _MAX_SIDE = 270 * 200, 24, 980  # of the picture in a tile
 _WHOLE_SIDES = 72, 130  # of the thumbnail right of the figures, and below them
+_MOST_BEYOND = 0.15  # of the longer side, and no more than the shorter: what is drawn of padding
 _SHEET_ASPECT = 1.6
 _SAMPLE_SIDE = 900
 
@@ -38,8 +39,9 @@ def draw_policy_sheet(
 ) -> Image.Image:
     """Every policy's slices over the image, its overview, tokens, pixels and distortion.
 
-    Slices are translucent, so where they overlap it is darker; what lies beyond the image, as padding does, is grey.
-    All images are drawn to one scale. A policy that cannot make a plan says why instead.
+    Slices are translucent, so where they overlap it is darker; what they show beyond the image, as padding does, is
+    grey, and only the beginning of it is drawn. All images are drawn to one scale. A policy that cannot make a plan
+    says why instead.
 
     Args:
         height: Of the image in px.
@@ -94,11 +96,17 @@ def sample_picture(height: int, width: int) -> Image.Image:
 
 
 def _bounds(height: int, width: int, plans: dict[str, SlicePlan | SlicingError]) -> Rectangle:
-    """What holds the image and every view of it."""
+    """What holds the image and every view of it, but no more than a margin beyond the image."""
     boxes: list[Rectangle] = [(0, 0, height, width)]
     boxes += [view.box for plan in plans.values() if isinstance(plan, SlicePlan) for view in plan.views]
     tops, lefts, bottoms, rights = zip(*boxes, strict=True)
-    return min(tops), min(lefts), max(bottoms), max(rights)
+    most = min(_MOST_BEYOND * max(height, width), min(height, width))
+    return (
+        max(min(tops), -most),
+        max(min(lefts), -most),
+        min(max(bottoms), height + most),
+        min(max(rights), width + most),
+    )
 
 
 def _tile(
@@ -141,7 +149,10 @@ def _draw_slices(
 
     _, _, last_x, last_y = pixels(bounds)
     canvas_size = (max(last_x + 1, _MIN_SIDE), max(last_y + 1, _MIN_SIDE))
-    canvas = Image.new("RGBA", canvas_size, _BEYOND)
+    canvas = Image.new("RGBA", canvas_size, _PAPER)
+    slices = plan.slices if isinstance(plan, SlicePlan) else ()
+    for view in slices:
+        canvas.paste(_BEYOND, _clip(pixels(view.box), canvas_size))
     left, top, right, bottom = pixels((0, 0, *size))
     # A strip thinner than the canvas is drawn as high as that, as nothing would be seen of it.
     if last_y + 1 < _MIN_SIDE:
@@ -152,17 +163,22 @@ def _draw_slices(
     if isinstance(plan, SlicingError):
         image = Image.blend(image.convert("L").convert("RGB"), Image.new("RGB", image.size, _PAPER), 0.6)
     canvas.paste(image, (left, top))
-    if isinstance(plan, SlicePlan):
-        for view in plan.slices:
-            box = pixels(view.box)
-            if last_y + 1 < _MIN_SIDE:
-                box = (box[0], 0, box[2], canvas.height - 1)
-            if last_x + 1 < _MIN_SIDE:
-                box = (0, box[1], canvas.width - 1, box[3])
-            layer = Image.new("RGBA", canvas.size, (0, 0, 0, 0))
-            ImageDraw.Draw(layer).rectangle(box, fill=_FILL, outline=(*_LINE, 255))
-            canvas.alpha_composite(layer)
+    for view in slices:
+        box = pixels(view.box)
+        if last_y + 1 < _MIN_SIDE:
+            box = (box[0], 0, box[2], canvas.height - 1)
+        if last_x + 1 < _MIN_SIDE:
+            box = (0, box[1], canvas.width - 1, box[3])
+        layer = Image.new("RGBA", canvas.size, (0, 0, 0, 0))
+        ImageDraw.Draw(layer).rectangle(box, fill=_FILL, outline=(*_LINE, 255))
+        canvas.alpha_composite(layer)
     return canvas.convert("RGB")
+
+
+def _clip(box: tuple[int, int, int, int], size: tuple[int, int]) -> tuple[int, int, int, int]:
+    """(left, top, right, bottom) within a canvas, as `paste` has it, the last row and column left out."""
+    left, top, right, bottom = box
+    return max(left, 0), max(top, 0), min(right + 1, size[0]), min(bottom + 1, size[1])
 
 
 def _notes(
@@ -205,9 +221,13 @@ def describe(plan: SlicePlan) -> list[str]:
         f"each resized to {piece.size[1]} x {piece.size[0]} px",
         f"overview {overview.size[1]} x {overview.size[0]} px" if overview else "no overview",
         f"{plan.num_visual_tokens:,} visual tokens",
-        f"{megapixels:.2g} megapixels, {plan.detail:.0%} of the image's",
-        f"distortion {plan.distortion:.2f}, padded {plan.padded:.0%}",
+        f"{megapixels:.2g} megapixels, {_percent(plan.detail)} of the image's",
+        f"distortion {plan.distortion:.2f}, padded {_percent(plan.padded)}",
     ]
+
+
+def _percent(share: float) -> str:
+    return f"{100 * share:.0f} %" if share >= 0.095 or share == 0 else f"{100 * share:.1g} %"
 
 
 def _whole(view: View, shown: Image.Image, size: tuple[int, int], longest: int) -> Image.Image:
