@@ -10,10 +10,14 @@ import typer
 
 from vlmslice.cli import _read_size
 from vlmslice.demonstration import DemonstrationError, ModelOption, check_picture, run_demo, save_picture
+from vlmslice.errors import VlmSliceError
 from vlmslice.image_loading import ImageError, load_image
 from vlmslice.model_files import read_slicing_config
 from vlmslice.policy_sheet import draw_policy_sheet
 from vlmslice.slicing import SlicingConfig
+
+LONGEST = 4096
+"""Side, in px, at the end of the sliders; a larger image makes them longer."""
 
 
 def main(
@@ -59,29 +63,33 @@ def build_page(config: SlicingConfig, height: int, width: int) -> Any:
         ) from error
 
     def draw(high: int, wide: int, bound: int, path: str | None) -> Any:
-        image = load_image(path) if path else None
         fields = config.to_dict() | {"max_visual_tokens": int(bound)}
-        return draw_policy_sheet(int(high), int(wide), SlicingConfig.from_dict(fields), image)
-
-    def take_size(path: str | None, high: int, wide: int) -> tuple[int, int]:
         try:
-            return _read_size(path) if path else (high, wide)
+            image = load_image(path) if path else None
+            return draw_policy_sheet(int(high), int(wide), SlicingConfig.from_dict(fields), image)
+        except VlmSliceError as error:
+            raise gradio.Error(str(error)) from error
+
+    def take_size(path: str | None, high: int, wide: int) -> list[Any]:
+        try:
+            size = _read_size(path) if path else (int(high), int(wide))
         except ImageError as error:
             raise gradio.Error(str(error)) from error
+        return [gradio.Slider(value=side, maximum=max(side, LONGEST)) for side in size]
 
     with gradio.Blocks(title="Slicing explorer") as page:
         gradio.Markdown("## Slicing explorer\nDrag the size or drop an image: every policy, side by side.")
         with gradio.Row():
             with gradio.Column(scale=3):
-                wide = gradio.Slider(16, 4096, value=width, step=1, label="width, px")
-                high = gradio.Slider(16, 4096, value=height, step=1, label="height, px")
+                wide = gradio.Slider(16, LONGEST, value=width, step=1, label="width, px")
+                high = gradio.Slider(16, LONGEST, value=height, step=1, label="height, px")
                 bound = gradio.Slider(
                     64, 8192, value=config.max_visual_tokens, step=1, label="most visual tokens"
                 )
             image = gradio.Image(type="filepath", label="or an image", scale=1, height=210)
         sheet = gradio.Image(
             value=draw_policy_sheet(height, width, config),
-            label="every policy",
+            show_label=False,
             format="png",
             interactive=False,
         )

@@ -144,3 +144,21 @@ def test_explorer_without_gradio(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "gradio", None)
     with pytest.raises(DemonstrationError, match="pip install gradio"):
         load_demo("slicing_explorer").build_page(read_slicing_config(), 300, 400)
+
+
+@pytest.mark.slow
+def test_page_of_the_explorer(tmp_path: Path) -> None:
+    gradio = pytest.importorskip("gradio")
+    page = load_demo("slicing_explorer").build_page(read_slicing_config(), 300, 400)
+    functions = {function.fn.__name__: function.fn for function in page.fns.values()}
+    Image.new("RGB", (5000, 40), "blue").save(tmp_path / "long.png")
+    (tmp_path / "bad.png").write_text("no picture")
+    high, wide = functions["take_size"](str(tmp_path / "long.png"), 300, 400)
+    assert (high.value, wide.value, wide.maximum) == (40, 5000, 5000)
+    assert functions["draw"](40, 5000, 4096, str(tmp_path / "long.png")) != functions["draw"](
+        40, 5000, 4096, None
+    )
+    for name, arguments in (("take_size", (300, 400)), ("draw", (300, 400, 4096))):
+        bad = str(tmp_path / "bad.png")
+        with pytest.raises(gradio.Error, match="is not recognised"):
+            functions[name](*((bad, *arguments) if name == "take_size" else (*arguments, bad)))
