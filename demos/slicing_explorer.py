@@ -94,7 +94,7 @@ def build_page(config: SlicingConfig, height: int, width: int) -> Any:
             interactive=False,
         )
         image.change(take_size, [image, high, wide], [high, wide])
-        inputs = [high, wide, bound, image]
+        inputs: list[Any] = [high, wide, bound, image]
         for control in inputs:
             control.change(draw, inputs, sheet, show_progress="hidden", trigger_mode="always_last")
     return page
