@@ -54,7 +54,7 @@ def main(
         Path | None,
         typer.Argument(metavar="[TEXT]", help="A text file.  [default: sentences of random words]"),
     ] = None,
-    seed: SeedOption = 0,
+    seed: SeedOption = 3,
     font_px: Annotated[int, typer.Option(min=8, max=90, help="Font size, px per em.")] = 22,
     width: Annotated[int, typer.Option(min=100, max=4000, help="Of the image, px.")] = 620,
     picture: PictureOption = Path("demo-output/long_text.png"),

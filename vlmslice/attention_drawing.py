@@ -13,6 +13,7 @@ from vlmslice.attention_map import AttentionMap, Part
 _INK, _FAINT, _PAPER, _MARK = (40, 40, 40), (120, 120, 120), (255, 255, 255), (255, 214, 92)
 _COLD, _HOT = np.array((255.0, 190.0, 40.0)), np.array((200.0, 0.0, 40.0))
 _GAP, _MIN_SIDE, _MAX_SIDE, _FRAME_AREA = 16, 480, 900, 210 * 160
+_LITTLE = 0.05  # attention on the image, of 1, with which a part is said to look at nothing
 _GREYED, _FADED = 0.6, 0.35  # of the image under the heat, shares of grey and then of white
 
 
@@ -77,7 +78,8 @@ def draw_attention(
     sheet.paste(whole, (_GAP, head))
     for number, part in enumerate(parts):
         left, top = _GAP + number % cols * (width + _GAP), first + number // cols * step
-        canvas.text((left, top), part.label, font=ImageFont.load_default(14), fill=_INK)
+        label = part.label if part.weights.sum() > _LITTLE else f"{part.label} (looked at nothing)"
+        canvas.text((left, top), label, font=ImageFont.load_default(14), fill=_INK)
         sheet.paste(draw_heat(small, attention, part.weights), (left, top + 22))
     return sheet
 
