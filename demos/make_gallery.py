@@ -7,7 +7,8 @@ from typing import Annotated
 
 import typer
 
-from vlmslice.demonstration import ModelOption, run_demo, shrink_picture
+from vlmslice.demonstration import DemonstrationError, ModelOption, run_demo, shrink_picture
+from vlmslice.errors import suggestion
 
 DEMOS = Path(__file__).parent
 GALLERY = {
@@ -40,6 +41,11 @@ def main(
     - `python demos/make_gallery.py`
     - `python demos/make_gallery.py --folder /tmp/gallery --only flowchart.png`
     """
+    for name in only or ():
+        if name not in GALLERY:
+            raise DemonstrationError(
+                f"there is no picture {name!r}; expected one of {', '.join(GALLERY)}{suggestion(name, GALLERY)}"
+            )
     for name, (script, *arguments) in GALLERY.items():
         if only and name not in only:
             continue

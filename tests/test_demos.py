@@ -102,10 +102,10 @@ def test_as_a_user_runs_it(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_gallery(tmp_path: Path) -> None:
-    command = [sys.executable, str(DEMOS / "make_gallery.py"), "--folder", str(tmp_path)]
-    done = subprocess.run([*command, "--only", "slicing_explorer.png"], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+def test_gallery(tmp_path: Path, monkeypatch, capsys) -> None:
+    arguments = ["--folder", str(tmp_path), "--only", "slicing_explorer.png"]
+    code, _, err = run_in_process("make_gallery", *arguments, monkeypatch=monkeypatch, capsys=capsys)
+    assert code == 0, err
     assert [path.name for path in tmp_path.iterdir()] == ["slicing_explorer.png"]
     assert (tmp_path / "slicing_explorer.png").stat().st_size <= 150_000
 
@@ -129,6 +129,7 @@ def test_explorer_draws_a_size_or_an_image(tmp_path: Path, monkeypatch, capsys) 
         ("read_receipt", ["--picture", "out.xyz"], "cannot write a picture"),
         ("slicing_explorer", ["0x10", "--picture", "out.png"], "sides of at least 1 px"),
         ("long_text", ["missing.txt"], "cannot be read"),
+        ("make_gallery", ["--only", "flowchart.pgn"], "did you mean 'flowchart.png'"),
     ],
 )
 def test_errors_are_one_line(
