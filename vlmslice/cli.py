@@ -705,13 +705,13 @@ def run(arguments: list[str]) -> NoReturn:
     """Runs `vlmslice` with these arguments and leaves the process with its exit code."""
     # Threads that spin while they wait slow everything else on the machine; read when torch is imported.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    _run(app, arguments, "vlmslice")
+    _run(app, arguments or ["--help"], "vlmslice")
 
 
 def _run(application: typer.Typer, arguments: list[str], name: str) -> NoReturn:
     """Runs an application and leaves with its exit code; errors of the user become one line."""
     try:
-        code = application(args=arguments or ["--help"], prog_name=name, standalone_mode=False)
+        code = application(args=arguments, prog_name=name, standalone_mode=False)
     except (VlmSliceError, typer.TyperException) as error:
         message = error.format_message() if isinstance(error, typer.TyperException) else str(error)
         print(f"error: {' '.join(message.split())}", file=sys.stderr)

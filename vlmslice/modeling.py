@@ -42,12 +42,14 @@ class VlmSliceOutput(CausalLMOutputWithPast):
     """As `CausalLMOutputWithPast`.
 
     `auxiliary_loss` is the part of `loss` that does not come from the answers; `metrics` holds figures for the
-    training log. `visual_memory` is what the connector `cross_attention` made of the images, for the next tokens.
+    training log. `visual_memory` is what the connector `cross_attention` made of the images, for the next tokens, and
+    `cross_attentions` the weights `[B, H, L, M + 1]` of each layer that looks at it, if `output_attentions` is set.
     """
 
     auxiliary_loss: torch.Tensor | None = None
     metrics: dict | None = None
     visual_memory: VisualMemory | None = None
+    cross_attentions: tuple[torch.Tensor, ...] | None = None
 
 
 @dataclass
@@ -291,7 +293,7 @@ class VlmSliceForConditionalGeneration(VlmSlicePreTrainedModel, GenerationMixin)
         samples = find_samples(position_ids, attention_mask, past_key_values, use_cache, self.language_model)
         if samples is not None:
             use_cache = False
-        image_outputs, placeholder_mask = None, None
+        image_outputs, placeholder_mask, shows_weights = None, None, False
         if inputs_embeds is None:
             inputs_embeds = self.get_input_embeddings()(input_ids)
         if pixel_values is not None:
@@ -319,7 +321,8 @@ class VlmSliceForConditionalGeneration(VlmSlicePreTrainedModel, GenerationMixin)
         if self.cross_attention is not None:
             if last_points is None and input_ids is not None:
                 last_points = self._last_points(input_ids, samples)
-            self.cross_attention.look_at(visual_memory, last_points, is_guided, samples)
+            shows_weights = bool(kwargs.pop("output_attentions", False))
+            self.cross_attention.look_at(visual_memory, last_points, is_guided or shows_weights, samples)
         if self.visual_expert is not None:
             if placeholder_mask is None and self.training:
                 # Of no visual tokens the experts get gradients of zero: all processes have gradients for the same
@@ -386,6 +389,7 @@ class VlmSliceForConditionalGeneration(VlmSlicePreTrainedModel, GenerationMixin)
             auxiliary_loss=auxiliary_loss,
             metrics=metrics,
             visual_memory=visual_memory if labels is None else None,
+            cross_attentions=tuple(self.cross_attention.weights) if shows_weights else None,
         )
 
     def _see_nothing(self, inputs_embeds: torch.Tensor) -> tuple[torch.Tensor, VisualMemory | None]:

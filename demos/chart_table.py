@@ -1,0 +1,63 @@
+"""Ask a chart for the table behind it, as CSV.
+
+The chart is rendered, in words and a font that training has not seen, or it is yours.
+"""
+
+from pathlib import Path
+
+from PIL import Image
+
+from vlmslice import Assistant
+from vlmslice.answer_sheet import draw_answer_sheet
+from vlmslice.demonstration import (
+    Exhibit,
+    ImageArgument,
+    ModelOption,
+    PictureOption,
+    SeedOption,
+    check_picture,
+    load_assistant,
+    open_exhibit,
+    render_exhibit,
+    run_demo,
+    save_picture,
+)
+from vlmslice.marking import Marked, mark_table
+
+QUESTION = "Give the data as CSV."
+
+
+def render(seed: int = 0) -> Exhibit:
+    """A chart of 420 x 600 px, and its data."""
+    return render_exhibit("plot", [QUESTION], 420, 600, seed=seed)
+
+
+def show(assistant: Assistant, exhibit: Exhibit) -> tuple[str, Marked, Image.Image]:
+    """The answer, its marks, and the picture of both."""
+    answer = assistant.ask([exhibit.image], exhibit.question, max_new_tokens=512).text
+    marked = mark_table(answer, exhibit.truth)
+    return answer, marked, draw_answer_sheet(exhibit.image, [(exhibit.question, marked)])
+
+
+def main(
+    image: ImageArgument = None,
+    seed: SeedOption = 0,
+    picture: PictureOption = Path("demo-output/chart_table.png"),
+    model: ModelOption = None,
+) -> None:
+    """Ask a chart for its table.
+
+    - `python demos/chart_table.py`
+    - `python demos/chart_table.py --seed 5`
+    - `python demos/chart_table.py chart.png --picture table.png`
+    """
+    check_picture(picture)
+    exhibit = open_exhibit(image, QUESTION, lambda: render(seed))
+    answer, marked, drawn = show(load_assistant(model), exhibit)
+    print(answer)
+    print(marked.summary)
+    save_picture(drawn, picture)
+
+
+if __name__ == "__main__":
+    run_demo(main)

@@ -1,0 +1,64 @@
+"""List the arrows of a flowchart.
+
+The flowchart is rendered, in words and a font that training has not seen, or it is yours.
+"""
+
+from pathlib import Path
+
+from PIL import Image
+
+from vlmslice import Assistant
+from vlmslice.answer_sheet import draw_answer_sheet
+from vlmslice.data.flowcharts import QUESTIONS
+from vlmslice.demonstration import (
+    Exhibit,
+    ImageArgument,
+    ModelOption,
+    PictureOption,
+    SeedOption,
+    check_picture,
+    load_assistant,
+    open_exhibit,
+    render_exhibit,
+    run_demo,
+    save_picture,
+)
+from vlmslice.marking import Marked, mark_edges
+
+QUESTION = QUESTIONS[0]
+
+
+def render(seed: int = 2) -> Exhibit:
+    """A flowchart of 640 x 560 px with six to eight boxes, and its arrows."""
+    return render_exhibit("flowchart", QUESTIONS, 640, 560, seed=seed, num_lines=(6, 8))
+
+
+def show(assistant: Assistant, exhibit: Exhibit) -> tuple[str, Marked, Image.Image]:
+    """The answer, its marks, and the picture of both."""
+    answer = assistant.ask([exhibit.image], exhibit.question, max_new_tokens=512).text
+    marked = mark_edges(answer, exhibit.truth)
+    return answer, marked, draw_answer_sheet(exhibit.image, [(exhibit.question, marked)])
+
+
+def main(
+    image: ImageArgument = None,
+    seed: SeedOption = 2,
+    picture: PictureOption = Path("demo-output/flowchart.png"),
+    model: ModelOption = None,
+) -> None:
+    """List the arrows of a flowchart.
+
+    - `python demos/flowchart.py`
+    - `python demos/flowchart.py --seed 5`
+    - `python demos/flowchart.py flow.png --picture edges.png`
+    """
+    check_picture(picture)
+    exhibit = open_exhibit(image, QUESTION, lambda: render(seed))
+    answer, marked, drawn = show(load_assistant(model), exhibit)
+    print(answer)
+    print(marked.summary)
+    save_picture(drawn, picture)
+
+
+if __name__ == "__main__":
+    run_demo(main)

@@ -1,0 +1,64 @@
+"""Read a tall receipt as JSON: company, date, address and total.
+
+The receipt is rendered, in words and a font that training has not seen, or it is yours.
+"""
+
+from pathlib import Path
+
+from PIL import Image
+
+from vlmslice import Assistant
+from vlmslice.answer_sheet import draw_answer_sheet
+from vlmslice.data.receipts import QUESTIONS
+from vlmslice.demonstration import (
+    Exhibit,
+    ImageArgument,
+    ModelOption,
+    PictureOption,
+    SeedOption,
+    check_picture,
+    load_assistant,
+    open_exhibit,
+    render_exhibit,
+    run_demo,
+    save_picture,
+)
+from vlmslice.marking import Marked, mark_fields
+
+QUESTION = "Give the company, date, address and total of this receipt as JSON."
+
+
+def render(seed: int = 2) -> Exhibit:
+    """A receipt of 880 x 380 px, and the fields that it states."""
+    return render_exhibit("receipt", QUESTIONS["json"], 880, 380, seed=seed)
+
+
+def show(assistant: Assistant, exhibit: Exhibit) -> tuple[str, Marked, Image.Image]:
+    """The answer, its marks, and the picture of both."""
+    answer = assistant.ask([exhibit.image], exhibit.question, max_new_tokens=512).text
+    marked = mark_fields(answer, exhibit.truth)
+    return answer, marked, draw_answer_sheet(exhibit.image, [(exhibit.question, marked)])
+
+
+def main(
+    image: ImageArgument = None,
+    seed: SeedOption = 2,
+    picture: PictureOption = Path("demo-output/read_receipt.png"),
+    model: ModelOption = None,
+) -> None:
+    """Read a tall receipt as JSON.
+
+    - `python demos/read_receipt.py`
+    - `python demos/read_receipt.py --seed 5`
+    - `python demos/read_receipt.py receipt.jpg --picture read.png`
+    """
+    check_picture(picture)
+    exhibit = open_exhibit(image, QUESTION, lambda: render(seed))
+    answer, marked, drawn = show(load_assistant(model), exhibit)
+    print(answer)
+    print(marked.summary)
+    save_picture(drawn, picture)
+
+
+if __name__ == "__main__":
+    run_demo(main)
