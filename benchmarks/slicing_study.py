@@ -6,9 +6,10 @@
     python benchmarks/slicing_study.py report
 
 All arms see the same pictures in the same order, for as many steps, with encoders that start alike (`eye` trains that
-on whole pictures, without slices) and language models that start alike, by seed. An image has at most five views of
-4 x 4 patches and 80 visual tokens (padding: one view of 9 x 9 patches, 81 tokens). Slices are seen each by itself,
-their visual tokens stand in the prompt between the tags of the spatial schema, and nothing else tells where they lie.
+on whole pictures, without slices; then it is frozen) and language models that start alike, by seed. An image has at
+most five views of 4 x 4 patches and 80 visual tokens (padding: one view of 9 x 9 patches, 81 tokens). Slices are seen
+each by itself, their visual tokens stand in the prompt between the tags of the spatial schema, and nothing else tells
+where they lie.
 What came of it: docs/slicing-study.md.
 """
 
@@ -52,6 +53,7 @@ from vlmslice.dense_reader import DenseReader, adopt_dense_reader, save_dense_re
 from vlmslice.metrics import parse_count
 from vlmslice.slicing import SlicingConfig
 from vlmslice.tokenization import build_byte_tokenizer
+from vlmslice.training.freezing import freeze
 from vlmslice.vision_encoder import VlmSliceVisionConfig
 
 WIDTH = 96
@@ -64,7 +66,6 @@ ARMS = {
     "pad": SlicingConfig("pad", 144, None, PATCH, 1, 1, max_visual_tokens=81),
 }
 COUNT, READ = "How many shapes are there?", "What number is it?"
-DENSE = ("character", "kind", "center")
 MOST = 9
 TRAINED_SIDES = ((40, 64), (112, 160))
 """Shorter sides, px, of the pictures of counts: one tile, or 2 x 2 that share a third. Others are never trained on."""
@@ -164,14 +165,14 @@ def build_model(arm: str, seed: int, eye: Path | None) -> VlmSliceForConditional
         connector="pixel_unshuffle",
         connector_scale=0.04,
         canvas_position=False,
-        dense_loss_weight=0.3,
         image_token_id=processor.image_token_id,
         tie_word_embeddings=True,
     )
     model = VlmSliceForConditionalGeneration(config)
     model.stop_as(tokenizer)
     if eye is not None:
-        adopt_dense_reader(eye, model.vision_encoder, model.dense_head)
+        adopt_dense_reader(eye, model.vision_encoder)
+    freeze(model, "vision_encoder")
     return model
 
 
@@ -179,7 +180,8 @@ def optimize(
     model: nn.Module, batches: Iterator[dict], num_steps: int, learning_rate: float, name: str
 ) -> list[float]:
     """Trains with a warm-up and a linear decay over the last third; the loss of each step."""
-    optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate, weight_decay=0.01)
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(parameters, lr=learning_rate, weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda step: min(1.0, (step + 1) / 50, 3 * (num_steps - step) / num_steps)
     )
@@ -188,12 +190,11 @@ def optimize(
     for _ in progress:
         output = model(**next(batches))
         output["loss"].backward()
-        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
         optimizer.zero_grad()
         schedule.step()
-        auxiliary = output.get("auxiliary_loss")
-        losses.append(float(output["loss"]) - float(auxiliary if auxiliary is not None else 0))
+        losses.append(float(output["loss"]))
         if len(losses) % 100 == 0:
             progress.set_postfix(
                 loss=f"{np.mean(losses[-100:]):.3f}",
@@ -247,7 +248,7 @@ def train(
     """Trains one arm from one seed."""
     folder = out / f"{arm}-{seed}"
     model, processor = build_model(arm, seed, out / "eye"), build_processor(arm)
-    collate = TaskCollator(processor, dense=DENSE, guide=False, points=False)
+    collate = TaskCollator(processor, dense=(), guide=False, points=False)
     started = time.process_time()
 
     def batches() -> Iterator[dict]:
