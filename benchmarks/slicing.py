@@ -293,7 +293,9 @@ def time_ways(path: Path, scale_resolution: int, rounds: int) -> list[dict[str, 
     for way in rivals:
         made = way.process(encoded)["pixel_values"].numel() / 3e6
         if way.processor != "ours" and abs(made - way.views_megapixels) > 1e-6:
-            raise SystemExit(f"{way.processor} made {made} megapixels, not {way.views_megapixels} as computed")
+            raise SystemExit(
+                f"{way.processor} made {made} megapixels, not {way.views_megapixels} as computed"
+            )
     first = {way: run(way, encoded)[0] for way in rivals}
     fastest = {way.processor: math.inf for way in rivals}
     for way, seconds in first.items():
@@ -327,9 +329,7 @@ def peak_megabytes(path: Path, scale_resolution: int, processor: str, name: str)
     """Peak of the resident size above its start, in a fork of this process, which must not have used threads."""
     encoded = path.read_bytes()
     size = read_image_size(encoded)
-    [way] = [
-        way for way in ways(size, scale_resolution) if (way.processor, way.name) == (processor, name)
-    ]
+    [way] = [way for way in ways(size, scale_resolution) if (way.processor, way.name) == (processor, name)]
     read_end, write_end = os.pipe()
     child = os.fork()
     if not child:
@@ -368,7 +368,9 @@ def warm_up(scale_resolution: int) -> None:
 
 @app.command()
 def main(
-    scale_resolution: Annotated[int, typer.Option(help="Side of the square with a slice's area, in px.")] = 448,
+    scale_resolution: Annotated[
+        int, typer.Option(help="Side of the square with a slice's area, in px.")
+    ] = 448,
     threads: Annotated[list[int] | None, typer.Option(help="Threads of torch; may be repeated.")] = None,
     rounds: Annotated[int, typer.Option(help="Timed passes over every image.")] = 5,
     limit: Annotated[int | None, typer.Option(help="Only so many of the pictures, spread evenly.")] = None,
@@ -440,7 +442,9 @@ def fastest_ways(entries: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
 
 def print_times(pictures: list[Picture], timed: list[list[dict[str, Any]]], threads: int) -> None:
     peers = [name for name, *_ in PEERS.values()]
-    typer.echo(f"\nTime in ms ({threads} {'threads' if threads > 1 else 'thread'}); in brackets slices, megapixels made\n")
+    typer.echo(
+        f"\nTime in ms ({threads} {'threads' if threads > 1 else 'thread'}); in brackets slices, megapixels made\n"
+    )
     typer.echo(f"| picture | MP | ours | {' | '.join(peers)} | ratio | ratio, CPU |")
     typer.echo("|---" * (len(peers) + 5) + "|")
     ratios, cpu_ratios = [], []
@@ -452,7 +456,13 @@ def print_times(pictures: list[Picture], timed: list[list[dict[str, Any]]], thre
         ]
         ratios.append(min(best[name]["seconds"] for name in peers) / best["ours"]["seconds"])
         cpu_ratios.append(min(best[name]["cpu_seconds"] for name in peers) / best["ours"]["cpu_seconds"])
-        columns = [picture.name, f"{picture.megapixels:.1f}", *cells, f"{ratios[-1]:.2f}", f"{cpu_ratios[-1]:.2f}"]
+        columns = [
+            picture.name,
+            f"{picture.megapixels:.1f}",
+            *cells,
+            f"{ratios[-1]:.2f}",
+            f"{cpu_ratios[-1]:.2f}",
+        ]
         typer.echo("| " + " | ".join(columns) + " |")
     typer.echo(
         f"\nratio of time in the median {statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f}), "
@@ -470,7 +480,9 @@ def print_memory(pictures: list[Picture], peaks: list[dict[str, float]]) -> None
         ratios.append(peak["ours"] / min(peak[name] for name in peers))
         cells = [f"{peak[name]:.0f}" for name in ("ours", *peers)]
         typer.echo(f"| {picture.name} | {picture.megapixels:.1f} | {' | '.join(cells)} | {ratios[-1]:.2f} |")
-    typer.echo(f"\nratio of memory in the median {statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})")
+    typer.echo(
+        f"\nratio of memory in the median {statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})"
+    )
 
 
 if __name__ == "__main__":
