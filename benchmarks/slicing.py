@@ -15,6 +15,9 @@ image's own aspect ratio; LLaVA-NeXT always adds an overview, also to one slice.
 torchvision and by Pillow, and with its torchvision and its PIL backend; ours with both of its backends. The fastest
 way of each, image by image, counts. EXIF orientation, which ours reads, is left out for Pillow's ways of the peers.
 
+**Reduced decode.** Ours may decode a large JPEG at a fraction of its size (`do_reduced_decode`), which changes pixels a
+little; it is measured with that, as it comes, and without.
+
 **Time.** In every round, the processors take turns at an image; a figure is the median of the rounds. The ratio is the
 time of the fastest peer over ours. CPU time is of the process, all threads.
 
@@ -55,6 +58,7 @@ from vlmslice.image_processing import VlmSliceImageProcessor
 from vlmslice.image_processing_pil import VlmSliceImageProcessorPil
 from vlmslice.slicing import SlicePlan, SlicingConfig, plan_slices
 
+OURS, OURS_FULL = "ours", "ours, full decode"
 PATCH_SIZE = 14
 MAX_SLICES = 9
 TOO_SLOW = 1.3
@@ -176,18 +180,20 @@ def ways(size: tuple[int, int], scale_resolution: int) -> Iterator[Way]:
     )
     plan = plan_slices(*size, config)
     num_pixels = sum(math.prod(view.size) for view in plan.views)
-    for name, processor in (
-        ("torchvision", VlmSliceImageProcessor(**config.to_dict())),
-        ("PIL", VlmSliceImageProcessorPil(**config.to_dict())),
-    ):
-        yield Way("ours", name, len(plan.slices), num_pixels / 1e6, ours(processor))
+    for ours, reduced in ((OURS, True), (OURS_FULL, False)):
+        for name, processor_class in (
+            ("torchvision", VlmSliceImageProcessor),
+            ("PIL", VlmSliceImageProcessorPil),
+        ):
+            processor = processor_class(**config.to_dict(), do_reduced_decode=reduced)
+            yield Way(ours, name, len(plan.slices), num_pixels / 1e6, process_by(processor))
     for peer in (minicpm, idefics3, llava_next):
         kwargs, num_slices, num_pixels = peer(plan)
         for name, process in peer_ways(peer.__name__, kwargs):
             yield Way(PEERS[peer.__name__][0], name, num_slices, num_pixels / 1e6, process)
 
 
-def ours(processor: Any) -> Process:
+def process_by(processor: Any) -> Process:
     return lambda encoded: processor(encoded, return_tensors="pt")
 
 
@@ -196,6 +202,9 @@ PEERS = {
     "idefics3": ("Idefics3", "idefics3", "Idefics3ImageProcessor"),
     "llava_next": ("LLaVA-NeXT", "llava_next", "LlavaNextImageProcessor"),
 }
+
+
+PEER_NAMES = [name for name, *_ in PEERS.values()]
 
 
 def build_peer(peer: str, backend: str, **kwargs: Any) -> Any:
@@ -292,7 +301,7 @@ def time_ways(path: Path, scale_resolution: int, rounds: int) -> list[dict[str, 
     rivals = list(ways(read_image_size(encoded), scale_resolution))
     for way in rivals:
         made = way.process(encoded)["pixel_values"].numel() / 3e6
-        if way.processor != "ours" and abs(made - way.views_megapixels) > 1e-6:
+        if way.processor not in (OURS, OURS_FULL) and abs(made - way.views_megapixels) > 1e-6:
             raise SystemExit(
                 f"{way.processor} made {made} megapixels, not {way.views_megapixels} as computed"
             )
@@ -441,48 +450,59 @@ def fastest_ways(entries: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
 
 
 def print_times(pictures: list[Picture], timed: list[list[dict[str, Any]]], threads: int) -> None:
-    peers = [name for name, *_ in PEERS.values()]
-    typer.echo(
-        f"\nTime in ms ({threads} {'threads' if threads > 1 else 'thread'}); in brackets slices, megapixels made\n"
-    )
-    typer.echo(f"| picture | MP | ours | {' | '.join(peers)} | ratio | ratio, CPU |")
-    typer.echo("|---" * (len(peers) + 5) + "|")
-    ratios, cpu_ratios = [], []
+    plural = "s" if threads > 1 else ""
+    typer.echo(f"\nTime in ms ({threads} thread{plural}); in brackets slices, megapixels made, way\n")
+    print_header("CPU")
+    ratios: list[tuple[float, ...]] = []
     for picture, entries in zip(pictures, timed, strict=True):
         best = fastest_ways(entries)
         cells = [
             f"{1000 * entry['seconds']:.1f} ({entry['slices']}, {entry['megapixels']:.2f}; {entry['way']})"
-            for entry in (best[name] for name in ("ours", *peers))
+            for entry in (best[name] for name in (OURS, OURS_FULL, *PEER_NAMES))
         ]
-        ratios.append(min(best[name]["seconds"] for name in peers) / best["ours"]["seconds"])
-        cpu_ratios.append(min(best[name]["cpu_seconds"] for name in peers) / best["ours"]["cpu_seconds"])
-        columns = [
-            picture.name,
-            f"{picture.megapixels:.1f}",
-            *cells,
-            f"{ratios[-1]:.2f}",
-            f"{cpu_ratios[-1]:.2f}",
-        ]
-        typer.echo("| " + " | ".join(columns) + " |")
-    typer.echo(
-        f"\nratio of time in the median {statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f}), "
-        f"of CPU time {statistics.median(cpu_ratios):.2f}"
-    )
+        peer, peer_cpu = (min(best[name][key] for name in PEER_NAMES) for key in ("seconds", "cpu_seconds"))
+        ratios.append(
+            (
+                peer / best[OURS]["seconds"],
+                peer / best[OURS_FULL]["seconds"],
+                peer_cpu / best[OURS]["cpu_seconds"],
+            )
+        )
+        print_row(picture, cells, ratios[-1])
+    print_medians("time of the fastest peer to ours", ratios)
 
 
 def print_memory(pictures: list[Picture], peaks: list[dict[str, float]]) -> None:
-    peers = [name for name, *_ in PEERS.values()]
-    typer.echo("\nPeak memory in MB; ratio of ours to the least of the peers\n")
-    typer.echo(f"| picture | MP | ours | {' | '.join(peers)} | ratio |")
-    typer.echo("|---" * (len(peers) + 4) + "|")
-    ratios = []
+    typer.echo("\nPeak memory in MB\n")
+    print_header()
+    ratios: list[tuple[float, ...]] = []
     for picture, peak in zip(pictures, peaks, strict=True):
-        ratios.append(peak["ours"] / min(peak[name] for name in peers))
-        cells = [f"{peak[name]:.0f}" for name in ("ours", *peers)]
-        typer.echo(f"| {picture.name} | {picture.megapixels:.1f} | {' | '.join(cells)} | {ratios[-1]:.2f} |")
-    typer.echo(
-        f"\nratio of memory in the median {statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})"
-    )
+        least = min(peak[name] for name in PEER_NAMES)
+        ratios.append((peak[OURS] / least, peak[OURS_FULL] / least))
+        cells = [f"{peak[name]:.0f}" for name in (OURS, OURS_FULL, *PEER_NAMES)]
+        print_row(picture, cells, ratios[-1])
+    print_medians("memory of ours to the leanest peer", ratios)
+
+
+def print_header(*more_ratios: str) -> None:
+    ratios = ["ratio", "full decode", *more_ratios]
+    columns = ["picture", "MP", OURS, OURS_FULL, *PEER_NAMES, *ratios]
+    typer.echo(f"| {' | '.join(columns)} |\n{'|---' * len(columns)}|")
+
+
+def print_row(picture: Picture, cells: list[str], ratios: tuple[float, ...]) -> None:
+    columns = [picture.name, f"{picture.megapixels:.1f}", *cells, *(f"{ratio:.2f}" for ratio in ratios)]
+    typer.echo(f"| {' | '.join(columns)} |")
+
+
+def print_medians(what: str, ratios: list[tuple[float, ...]]) -> None:
+    """Of the columns of `print_header`."""
+    names = ("reduced decode where it applies", "full decode", "CPU time")
+    medians = [
+        f"{name} {statistics.median(column):.2f} ({min(column):.2f} to {max(column):.2f})"
+        for name, column in zip(names, zip(*ratios, strict=True), strict=False)
+    ]
+    typer.echo(f"\nratio of the {what}, in the median: {'; '.join(medians)}")
 
 
 if __name__ == "__main__":
