@@ -29,7 +29,9 @@ from vlmslice.image_loading import (
     ImageSourceError,
     ImageTooLargeError,
     image_from_array,
+    load_for,
     load_image,
+    open_image,
     read_image_size,
 )
 
@@ -689,3 +691,76 @@ def test_loading_is_pure(tmp_path: Path) -> None:
         first = pixels(load_image(opened))
         np.testing.assert_array_equal(pixels(load_image(opened)), first)
         assert opened.size == (first.shape[1], first.shape[0])
+
+
+class TestLoadFor:
+    """What the image processors load: opened first, then decoded for the views that are made of it."""
+
+    JPEG = encode(blocks(320, 480), "JPEG", quality=95)
+
+    @pytest.mark.parametrize(
+        ("least_size", "reduction"),
+        [((320, 480), 1), ((161, 240), 1), ((160, 241), 1), ((160, 240), 2), ((80, 120), 4), ((1, 1), 8)],
+    )
+    def test_smallest_that_is_large_enough(self, least_size: tuple[int, int], reduction: int) -> None:
+        image = open_image(self.JPEG)
+        loaded, reduced_by = load_for(image, least_size)
+        assert reduced_by == reduction
+        assert (loaded.height, loaded.width) == (320 // reduction, 480 // reduction)
+        assert image.size == (480, 320), "the image passed in has changed"
+        np.testing.assert_array_equal(pixels(load_image(image)), pixels(load_image(self.JPEG)))
+
+    @pytest.mark.parametrize("orientation", [1, 3, 6])
+    def test_reduced_pixels(self, orientation: int) -> None:
+        """Of flat blocks the mean of each pixel's own; the sides that do not divide are rounded up."""
+        upright = blocks(320, 480).crop((0, 0, 479, 317))
+        stored = upright.transpose(STORED_AS[orientation]) if orientation > 1 else upright
+        exif = Image.Exif()
+        exif[ORIENTATION_TAG] = orientation
+        loaded, reduction = load_for(
+            open_image(encode(stored, "JPEG", exif=exif, **FAITHFUL["JPEG"])), (100, 200)
+        )
+        assert (reduction, loaded.size) == (2, (240, 159))
+        expected = upright.resize((240, 159), Image.Resampling.BOX, box=(0, 0, 479, 317))
+        # Where blocks meet a reduced pixel may hold both; nowhere is it a block's neighbour.
+        assert np.median(np.abs(pixels(loaded) - pixels(expected))) <= 2
+
+    @pytest.mark.parametrize("image_format", ["PNG", "WEBP", "GIF", "BMP", "TIFF", "MPO"])
+    def test_only_jpeg_is_reduced(self, image_format: str) -> None:
+        encoded = encode(blocks(320, 480), image_format, **FAITHFUL[image_format])
+        loaded, reduction = load_for(open_image(encoded), (1, 1))
+        # An MPO of one picture is a JPEG.
+        assert reduction == (8 if Image.open(io.BytesIO(encoded)).format == "JPEG" else 1)
+        if reduction == 1:
+            np.testing.assert_array_equal(pixels(loaded), pixels(load_image(encoded)))
+
+    def test_decoded_image_is_not_reduced(self) -> None:
+        image = Image.open(io.BytesIO(self.JPEG))
+        image.load()
+        assert load_for(image, (1, 1)) == (image, 1)
+
+    @pytest.mark.parametrize("mode", ["L", "1", "LA", "I;16", "P", "RGBA"])
+    def test_grey_stays_grey(self, mode: str) -> None:
+        image = blocks().convert("L").convert("F" if mode == "I;16" else mode)
+        if mode == "I;16":
+            image = Image.fromarray((np.asarray(image) * 257).astype(np.uint16))
+        loaded, _ = load_for(open_image(encode(image, "PNG")), (48, 80))
+        assert loaded.mode == ("L" if mode == "L" else "RGB")
+        np.testing.assert_array_equal(pixels(loaded.convert("RGB")), pixels(load_image(encode(image, "PNG"))))
+
+    def test_opened_image_does_not_keep_the_pixels(self) -> None:
+        image = open_image(encode(blocks(), "PNG"))
+        first, second = (load_for(image, (48, 80))[0] for _ in range(2))
+        np.testing.assert_array_equal(pixels(first), pixels(second))
+        assert image.tile, "the image passed in has been decoded"  # type: ignore[attr-defined]
+
+    def test_damage_is_found_and_named(self, tmp_path: Path) -> None:
+        path = tmp_path / "cut.jpg"
+        path.write_bytes(self.JPEG[: len(self.JPEG) // 2])
+        for least_size in ((320, 480), (1, 1)):
+            with pytest.raises(ImageDecodeError, match=r"cut\.jpg' cannot be decoded"):
+                load_for(open_image(path), least_size)
+
+    def test_checks_come_before_the_pixels(self) -> None:
+        with pytest.raises(ImageTooLargeError, match="320x480"):
+            open_image(self.JPEG, limits=ImageLimits(max_pixels=1000))

@@ -13,10 +13,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image, ImageDraw
 
-from vlmslice.image_loading import ImageSourceError, load_image
+from vlmslice.image_loading import ImageDecodeError, ImageSourceError, load_image
 from vlmslice.image_processing import VlmSliceImageProcessor
 from vlmslice.image_processing_pil import VlmSliceImageProcessorPil
 from vlmslice.slicing import SlicingConfig, SlicingError
+from vlmslice.slicing_policies import POLICIES
 from vlmslice.view_packing import intermediate_size, join_patches, split_into_patches
 
 PROCESSOR_CLASSES = (VlmSliceImageProcessor, VlmSliceImageProcessorPil)
@@ -150,6 +151,88 @@ class TestPixels:
             outputs["pixel_values"], outputs["target_sizes"].tolist(), strict=True
         ):
             assert row[: height * width].min() == row.max() == 1
+
+
+def jpeg(image: Image.Image, **options: Any) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, "JPEG", quality=95, **options)
+    return buffer.getvalue()
+
+
+class TestLargeFiles:
+    """Decoded at reduced size, resized in bands, grey until resized: the views must not tell."""
+
+    @pytest.mark.parametrize("policy", POLICIES)
+    def test_reduced_decode_stays_near(self, processor: Processor, policy: str) -> None:
+        """Measured: mean 0.1 to 1.3 levels, and 2.4 where a sawtooth becomes a single view of 64 x 64 px (uniform)."""
+        for image in (page(1500, 2100), gradient(1500, 2100)):
+            file = jpeg(image)
+            reduced, full = (
+                processor(file, policy=policy, max_visual_tokens=9999, do_reduced_decode=reduce)
+                for reduce in (True, False)
+            )
+            assert reduced["plans"] == full["plans"], "the plan is that of the image, not of what was decoded"
+            difference = (reduced["pixel_values"] - full["pixel_values"]).abs()
+            assert 0 < difference.mean() <= 3 * LEVEL
+            assert difference.max() <= 60 * LEVEL
+            decoded = processor(load_image(file), policy=policy, max_visual_tokens=9999)
+            assert torch.equal(decoded["pixel_values"], full["pixel_values"])
+
+    @pytest.mark.parametrize("size", [(2000, 1200), (601, 5003), (3333, 2511)])
+    def test_reduced_slices_hold_their_own_cells(self, processor: Processor, size: tuple[int, int]) -> None:
+        """Each slice is painted in a colour of its own; of the neighbour's, its edge may show half a pixel."""
+        plan = processor.plan(*size)
+        cells = np.zeros((*size, 3), np.uint8)
+        for index, view in enumerate(plan.slices):
+            top, left, bottom, right = (int(edge) for edge in view.box)
+            cells[top:bottom, left:right] = 250 if index % 2 else 5
+        outputs = processor(jpeg(Image.fromarray(cells)))
+        assert outputs["plans"] == [plan]
+        for index, _ in enumerate(plan.slices):
+            pixels = unpack(outputs, index + 1, processor.patch_size).astype(int)
+            expected = 250 if index % 2 else 5
+            assert np.abs(pixels[1:-1, 1:-1] - expected).max() <= 30
+            assert np.abs(pixels - expected).max() < 123, "an edge is nearer to the neighbour"
+
+    @pytest.mark.parametrize("size", [(640, 480), (127, 1000), (120, 260)])
+    def test_small_enough_files_are_decoded_in_full(self, size: tuple[int, int]) -> None:
+        """Each of these would be left with less than two pixels for a pixel of a view."""
+        for processor in (cls() for cls in PROCESSOR_CLASSES):
+            file = jpeg(noise(*size))
+            assert torch.equal(processor(file)["pixel_values"], processor(load_image(file))["pixel_values"])
+
+    @pytest.mark.parametrize("policy", POLICIES)
+    @pytest.mark.parametrize("size", [(400, 300), (90, 700), (700, 90)])
+    def test_bands_do_not_show(
+        self, policy: str, size: tuple[int, int], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        processor = VlmSliceImageProcessor(**TINY, policy=policy, max_visual_tokens=9999)
+        whole = processor(noise(*size))["pixel_values"]
+        monkeypatch.setattr("vlmslice.image_processing._BAND_PIXELS", 1500)
+        monkeypatch.setattr("vlmslice.image_processing._CONVERTED_PIXELS", 400)
+        assert torch.equal(processor(noise(*size))["pixel_values"], whole)
+
+    @pytest.mark.parametrize("policy", POLICIES)
+    def test_grey_file_equals_its_rgb(self, processor: Processor, policy: str) -> None:
+        grey = noise(200, 330).convert("L")
+        buffer = io.BytesIO()
+        grey.save(buffer, "PNG")
+        outputs = [
+            processor(image, policy=policy, max_visual_tokens=9999)["pixel_values"]
+            for image in (buffer.getvalue(), grey, grey.convert("RGB"))
+        ]
+        assert torch.equal(outputs[0], outputs[2]) and torch.equal(outputs[1], outputs[2])
+
+    def test_images_are_not_decoded_before_their_turn(self, processor: Processor) -> None:
+        files = processor.fetch_images([jpeg(noise(40, 60)), jpeg(noise(40, 60, 1))])
+        processor(files)
+        assert all(file.tile for file in files), "a batch holds the pixels of all its images"
+
+    def test_damaged_file_is_named(self, processor: Processor, tmp_path: Path) -> None:
+        path = tmp_path / "cut.jpg"
+        path.write_bytes(jpeg(noise(400, 400))[:9000])
+        with pytest.raises(ImageDecodeError, match=r"images\[1\]: image '.*cut.jpg' cannot be decoded"):
+            processor([noise(9, 9), path])
 
 
 class TestPacking:

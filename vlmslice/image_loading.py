@@ -38,6 +38,9 @@ ALLOWED_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")
 # What Pillow calls the allowed formats once open: a JPEG that carries further pictures becomes an MPO.
 _ALLOWED_FORMAT_NAMES = frozenset((*ALLOWED_FORMATS, "MPO"))
 
+_NAME = "vlmslice source"
+"""Key of `Image.info` under which an image that is not decoded yet keeps how an error names it."""
+
 # EXIF 2.32, tag 0x0112: the stored image needs this operation to stand upright.
 _UPRIGHT = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -140,21 +143,90 @@ def load_image(
     Raises:
         ImageError: One of its children, see the top of this module.
     """
+    return _load(source, limits, frame)[0]
+
+
+def open_image(source: ImageSource, *, limits: ImageLimits = ImageLimits()) -> Image.Image:
+    """Opens an image and checks its header as `load_image` does, but decodes no pixel: that is left to `load_for`.
+
+    Args:
+        source: As in `load_image`.
+        limits: As in `load_image`.
+
+    Returns:
+        A PIL image as it is stored: of any mode, and not turned upright. The PIL image passed in, if it was one.
+
+    Raises:
+        ImageError: One of its children, see the top of this module.
+    """
     name = _describe(source)
+    image = _open_source(source, name, limits)
+    image.info.setdefault(_NAME, name)  # for errors when it is decoded
+    return image
+
+
+def load_for(image: Image.Image, least_size: tuple[int, int]) -> tuple[Image.Image, int]:
+    """Loads an opened image as `load_image` does, but no larger and no wider in bytes than its user needs.
+
+    A JPEG that has not been decoded yet is decoded straight at 1/2, 1/4 or 1/8 of its size, where that is still at
+    least `least_size`: its decoder then computes fewer pixels. Grey stays one channel.
+
+    Args:
+        image: As `open_image` returns it. It keeps its size.
+        least_size: (height, width) of the upright image that suffices.
+
+    Returns:
+        The upright image in mode RGB or L, and the 1, 2, 4 or 8 by which it is reduced. Of 4912 x 7360 px, of which
+        1900 x 2900 suffice, 2456 x 3680 and 2. A side that does not divide is rounded up.
+
+    Raises:
+        ImageError: One of its children, see the top of this module.
+    """
+    return _load(image, ImageLimits(), None, least_size)
+
+
+def _load(
+    source: ImageSource, limits: ImageLimits, frame: int | None, least_size: tuple[int, int] | None = None
+) -> tuple[Image.Image, int]:
+    """What `load_image` and, if `least_size` is given, `load_for` return."""
+    name = _describe(source)
+    reduction = 1
     with _strict_decoding():
-        image = source if isinstance(source, Image.Image) else _open(_read(source, name, limits), name)
-        if isinstance(image, ImageFile.ImageFile):
-            _check_header(image, name, limits)
+        image = _open_source(source, name, limits)
         if frame is not None:
             _seek(image, frame, name, limits)
         try:
+            if least_size is not None:
+                image, reduction = _reduce(image, least_size)
             image.load()
-            return _to_upright_rgb(image)
+            return _to_upright_rgb(image, keep_grey=least_size is not None), reduction
         except Exception as error:  # Pillow's decoders raise whatever a malformed file makes them raise.
             raise ImageDecodeError(
                 f"{name} cannot be decoded: {_reason(error)}; expected a complete, undamaged image; "
                 "export or download it again"
             ) from None
+
+
+def _reduce(image: Image.Image, least_size: tuple[int, int]) -> tuple[Image.Image, int]:
+    """What `load_for` decodes in place of an image, and by which factor that is smaller.
+
+    A second reading of the file, if it has not been decoded: the image passed in keeps its size, and what was opened
+    here does not come to hold its pixels as well.
+    """
+    if not isinstance(image, ImageFile.ImageFile) or not image.tile or image.fp is None:
+        return image, 1
+    reduction = 1
+    if image.format == "JPEG":
+        height, width = least_size if _orientation(image) < 5 else least_size[::-1]
+        enough = (n for n in (8, 4, 2) if -(-image.height // n) >= height and -(-image.width // n) >= width)
+        reduction = next(enough, 1)
+    if reduction == 1 and _NAME not in image.info:
+        return image, 1  # The caller's own: once decoded, it need not be again.
+    image.fp.seek(0)
+    fresh = Image.open(io.BytesIO(image.fp.read()), formats=ALLOWED_FORMATS)
+    if reduction > 1:
+        fresh.draft(fresh.mode, (image.width // reduction, image.height // reduction))
+    return fresh, reduction
 
 
 def read_image_size(source: ImageSource, *, limits: ImageLimits = ImageLimits()) -> tuple[int, int]:
@@ -169,10 +241,7 @@ def read_image_size(source: ImageSource, *, limits: ImageLimits = ImageLimits())
     Raises:
         ImageError: One of its children, see the top of this module.
     """
-    name = _describe(source)
-    image = source if isinstance(source, Image.Image) else _open(_read(source, name, limits), name)
-    if isinstance(image, ImageFile.ImageFile):
-        _check_header(image, name, limits)
+    image = _open_source(source, _describe(source), limits)
     width, height = image.size
     # Pillow gives the upright size of a TIFF itself.
     turned = _orientation(image) >= 5 and image.format != "TIFF"
@@ -206,6 +275,8 @@ def image_from_array(array: np.ndarray) -> Image.Image:
 def _describe(source: ImageSource) -> str:
     """Names a source for an error message, never with its content or its memory address."""
     if isinstance(source, Image.Image):
+        if _NAME in source.info:
+            return str(source.info[_NAME])
         width, height = source.size
         return f"PIL image of {height}x{width} (mode {source.mode})"
     if isinstance(source, str) and source[:5].lower() == "data:":
@@ -305,6 +376,13 @@ def _too_many_bytes(name: str, limits: ImageLimits) -> ImageTooLargeError:
     )
 
 
+def _open_source(source: ImageSource, name: str, limits: ImageLimits) -> Image.Image:
+    image = source if isinstance(source, Image.Image) else _open(_read(source, name, limits), name)
+    if isinstance(image, ImageFile.ImageFile):
+        _check_header(image, name, limits)
+    return image
+
+
 def _open(encoded: bytes, name: str) -> Image.Image:
     """Parses the header; no plugin outside the allow-list sees the bytes."""
     try:
@@ -385,8 +463,8 @@ def _strict_decoding() -> Iterator[None]:
                 ImageFile.LOAD_TRUNCATED_IMAGES = _StrictDecoding.previous
 
 
-def _to_upright_rgb(image: Image.Image) -> Image.Image:
-    upright = _to_rgb(image)
+def _to_upright_rgb(image: Image.Image, keep_grey: bool = False) -> Image.Image:
+    upright = image if keep_grey and image.mode == "L" and not image.has_transparency_data else _to_rgb(image)
     operation = _UPRIGHT.get(_orientation(image))
     if operation is not None:
         upright = upright.transpose(operation)

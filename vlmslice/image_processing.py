@@ -1,14 +1,18 @@
 """Image processor that resizes with torchvision."""
 
-from typing import Any
-
-import numpy as np
 import torch
 from PIL import Image
 from transformers.image_processing_backends import TorchvisionBackend
-from transformers.image_utils import ChannelDimension, PILImageResampling, SizeDict
+from transformers.image_utils import PILImageResampling, SizeDict
 
 from vlmslice.image_processing_base import SlicingImageProcessor
+from vlmslice.view_packing import intermediate_size
+
+# As tensors of so many px at most is a part of an image resized in its first step, and converted from Pillow. One
+# tensor of all of it would be the whole image in memory once more, and in fresh memory pages, which cost more time than
+# the resizing.
+_BAND_PIXELS = 2**21
+_CONVERTED_PIXELS = 2**18
 
 
 class VlmSliceImageProcessor(SlicingImageProcessor, TorchvisionBackend):  # type: ignore[misc]
@@ -18,26 +22,52 @@ class VlmSliceImageProcessor(SlicingImageProcessor, TorchvisionBackend):  # type
     `device` set, the resizing runs there; the packed patches are on the CPU.
     """
 
-    def process_image(  # type: ignore[override]  # `str` devices, as `ImagesKwargs` allows
+    # Pixels are `uint8[height, width, 3]`: torchvision resizes fastest what is stored channels last.
+
+    def _resize_part(
         self,
-        image: Any,
-        input_data_format: str | ChannelDimension | None = None,
-        device: str | torch.device | None = None,
-        **kwargs: Any,
+        image: Image.Image,
+        box: tuple[int, int, int, int],
+        size: tuple[int, int],
+        resample: PILImageResampling,
+        device: str | torch.device | None,
     ) -> torch.Tensor:
-        return _to_tensor(self._to_rgb_image(image, input_data_format)).to(device or "cpu")
-
-    def _image_size(self, image: torch.Tensor) -> tuple[int, int]:
-        return image.shape[-2], image.shape[-1]
-
-    def _crop(self, image: torch.Tensor, box: tuple[int, int, int, int]) -> torch.Tensor:
         top, left, bottom, right = box
-        return image[:, top:bottom, left:right]
+        middle = intermediate_size((bottom - top, right - left), size)
+        if middle[0] == bottom - top:  # Widths first: in bands of rows.
+            length = max(_BAND_PIXELS // (right - left), 1)
+            bands = [(y, left, min(y + length, bottom), right) for y in range(top, bottom, length)]
+            sizes = [(band[2] - band[0], middle[1]) for band in bands]
+            if len(bands) == 1:
+                return self._resize(
+                    self._crop(image, box, device), size, resample
+                )  # both steps, in this order
+        else:
+            length = max(_BAND_PIXELS // (bottom - top), 1)
+            bands = [(top, x, bottom, min(x + length, right)) for x in range(left, right, length)]
+            sizes = [(middle[0], band[3] - band[1]) for band in bands]
+        parts = [
+            self._resize(self._crop(image, band, device), band_size, resample)
+            for band, band_size in zip(bands, sizes, strict=True)
+        ]
+        return self._resize(torch.cat(parts, dim=int(middle[0] != bottom - top)), size, resample)
+
+    def _crop(
+        self, image: Image.Image, box: tuple[int, int, int, int], device: str | torch.device | None
+    ) -> torch.Tensor:
+        top, left, bottom, right = box
+        pixels = torch.empty(bottom - top, right - left, 3, dtype=torch.uint8)
+        for rows in pixels.split(max(_CONVERTED_PIXELS // (right - left), 1)):
+            part = image.crop((left, top, right, top + len(rows)))
+            rows.numpy()[:] = part if part.mode == "RGB" else part.convert("RGB")
+            top += len(rows)
+        return pixels.to(device or "cpu")
 
     def _resize(
         self, image: torch.Tensor, size: tuple[int, int], resample: PILImageResampling
     ) -> torch.Tensor:
-        return self.resize(image, SizeDict(height=size[0], width=size[1]), resample, antialias=True)
+        target = SizeDict(height=size[0], width=size[1])
+        return self.resize(image.permute(2, 0, 1), target, resample, antialias=True).permute(1, 2, 0)
 
     def _pad(
         self, image: torch.Tensor, padding: tuple[int, int, int, int], fill: tuple[int, int, int]
@@ -45,24 +75,10 @@ class VlmSliceImageProcessor(SlicingImageProcessor, TorchvisionBackend):  # type
         if not any(padding):
             return image
         top, left, bottom, right = padding
-        _, height, width = image.shape
-        color = image.new_tensor(fill)[:, None, None]
-        padded = color.expand(-1, top + height + bottom, left + width + right).clone()
-        padded[:, top : top + height, left : left + width] = image
+        height, width, _ = image.shape
+        padded = image.new_tensor(fill).expand(top + height + bottom, left + width + right, -1).clone()
+        padded[top : top + height, left : left + width] = image
         return padded
 
     def _to_array(self, image: torch.Tensor) -> torch.Tensor:
-        return image.permute(1, 2, 0)
-
-
-def _to_tensor(image: Image.Image) -> torch.Tensor:
-    """`uint8[3, height, width]`, stored channels last as torchvision resizes fastest.
-
-    Copied in bands of about a megapixel: converting all at once would hold two more copies of the image.
-    """
-    pixels = torch.empty(image.height, image.width, 3, dtype=torch.uint8)
-    band_height = max(2**20 // image.width, 1)
-    for top, band in zip(range(0, image.height, band_height), pixels.split(band_height), strict=True):
-        box = (0, top, image.width, top + len(band))
-        band.copy_(torch.from_numpy(np.array(image.crop(box))))
-    return pixels.permute(2, 0, 1)
+        return image

@@ -1,5 +1,6 @@
 """What both image processors share: inputs, slicing settings, planning, and the call into `view_packing`."""
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import fields, replace
 from typing import Any, Unpack
@@ -12,7 +13,14 @@ from transformers.image_processing_utils import BaseImageProcessor
 from transformers.image_utils import ChannelDimension, PILImageResampling, validate_preprocess_arguments
 from transformers.processing_utils import ImagesKwargs
 
-from vlmslice.image_loading import ImageError, ImageSourceError, image_from_array, load_image, read_image_size
+from vlmslice.image_loading import (
+    ImageError,
+    ImageSourceError,
+    image_from_array,
+    load_for,
+    open_image,
+    read_image_size,
+)
 from vlmslice.slicing import SlicePlan, SlicingConfig, View, plan_slices
 from vlmslice.view_packing import intermediate_size, pack_views
 
@@ -20,6 +28,9 @@ _SLICING_FIELDS = tuple(field.name for field in fields(SlicingConfig))
 # Options that every transformers image processor has, but which could only contradict the plan here.
 _ALWAYS_ON = ("do_resize", "do_convert_rgb")
 _ALWAYS_OFF = ("size", "do_center_crop", "crop_size", "do_pad", "pad_size")
+# A JPEG decoded at reduced size has at least so many px for each px of a view, down and across. This is also what
+# Pillow's `Image.thumbnail` asks for.
+_LEAST_REDUCTION_LEFT = 2
 
 
 class VlmSliceImageProcessorKwargs(ImagesKwargs, total=False):
@@ -41,6 +52,9 @@ class VlmSliceImageProcessorKwargs(ImagesKwargs, total=False):
         `merge_size` x `merge_size` patches.
     max_visual_tokens (`int`, *optional*, defaults to 2048):
         Largest number of visual tokens of one image.
+    do_reduced_decode (`bool`, *optional*, defaults to `True`):
+        Whether a JPEG file may be decoded straight at 1/2, 1/4 or 1/8 of its size, where that still holds two pixels
+        for each pixel of every view, down and across. Its views then differ a little from those of the whole image.
     """
 
     policy: str
@@ -51,13 +65,14 @@ class VlmSliceImageProcessorKwargs(ImagesKwargs, total=False):
     max_slice_nums: int
     tokens_per_view: int | None
     max_visual_tokens: int
+    do_reduced_decode: bool
 
 
 class SlicingImageProcessor(BaseImageProcessor):
     """Everything but the pixels of an image processor; placed before a transformers backend among the bases.
 
-    A subclass adds `process_image`, from an input to the backend's form of an RGB image, and what is done with that:
-    `_image_size`, `_crop`, `_resize`, `_pad` and `_to_array`.
+    A subclass adds what is done with pixels in the backend's form: `_crop`, `_resize`, `_pad` and `_to_array`.
+    Images are decoded one after another, each when its views are made.
     """
 
     resample = PILImageResampling.BICUBIC
@@ -76,6 +91,7 @@ class SlicingImageProcessor(BaseImageProcessor):
     max_slice_nums = SlicingConfig.max_slice_nums
     tokens_per_view = SlicingConfig.tokens_per_view
     max_visual_tokens = SlicingConfig.max_visual_tokens
+    do_reduced_decode = True
     valid_kwargs = VlmSliceImageProcessorKwargs
     model_input_names = ["pixel_values", "target_sizes", "canvas_boxes", "num_views"]
 
@@ -99,12 +115,12 @@ class SlicingImageProcessor(BaseImageProcessor):
     def source_size(self, image: Any) -> tuple[int, int]:
         """(height, width) that `plan` takes of an image source, array or tensor; of a file the header is read only."""
         if isinstance(image, (np.ndarray, torch.Tensor)):
-            width, height = self._to_rgb_image(image, None).size
+            width, height = self.process_image(image).size
             return height, width
         return read_image_size(image)
 
     def fetch_images(self, images: Any, position: str = "images") -> Any:
-        """Loads every image source in a nested list; arrays and tensors stay as they are.
+        """Opens every image source in a nested list, but decodes none; arrays and tensors stay as they are.
 
         transformers calls this before it counts images. Its own version would fetch URLs from the network.
 
@@ -113,14 +129,14 @@ class SlicingImageProcessor(BaseImageProcessor):
             position: How an error names `images`.
 
         Raises:
-            ImageError: An image cannot be loaded; the message starts with its place, such as `images[1][0]`.
+            ImageError: An image cannot be opened; the message starts with its place, such as `images[1][0]`.
         """
         if isinstance(images, (list, tuple)):
             return [self.fetch_images(image, f"{position}[{index}]") for index, image in enumerate(images)]
         if isinstance(images, (np.ndarray, torch.Tensor)):
             return images
         try:
-            return load_image(images)
+            return open_image(images)
         except ImageError as error:
             raise type(error)(f"{position}: {error}") from error
 
@@ -131,13 +147,15 @@ class SlicingImageProcessor(BaseImageProcessor):
             raise ImageSourceError("got no image; expected at least one; pass images=None for text alone")
         return flat
 
-    def _to_rgb_image(
+    def process_image(
         self,
         image: Image.Image | np.ndarray | torch.Tensor,
-        input_data_format: str | ChannelDimension | None,
+        input_data_format: str | ChannelDimension | None = None,
+        **kwargs: Any,
     ) -> Image.Image:
+        """Arrays and tensors become PIL images; what is one already is left as it is, decoded or not."""
         if isinstance(image, Image.Image):
-            return load_image(image)
+            return image
         if isinstance(image, torch.Tensor):
             image = image.detach().cpu()
             image = (image.float() if image.dtype == torch.bfloat16 else image).numpy()
@@ -166,11 +184,13 @@ class SlicingImageProcessor(BaseImageProcessor):
         do_normalize: bool,
         image_mean: float | Sequence[float],
         image_std: float | Sequence[float],
+        do_reduced_decode: bool,
         return_tensors: str | None = None,
+        device: str | torch.device | None = None,
         **kwargs: Any,
     ) -> BatchFeature:
         config = SlicingConfig(**{name: kwargs[name] for name in _SLICING_FIELDS})
-        plans = [plan_slices(*self._image_size(image), config) for image in images]
+        plans = [plan_slices(*read_image_size(image), config) for image in images]
         scale = rescale_factor if do_rescale else 1.0
         mean = np.broadcast_to(image_mean if do_normalize else 0.0, 3)
         std = np.broadcast_to(image_std if do_normalize else 1.0, 3)
@@ -179,11 +199,16 @@ class SlicingImageProcessor(BaseImageProcessor):
         red, green, blue = (int(level * 255) for level in np.broadcast_to(image_mean, 3))
         colors = {"black": (0, 0, 0), "mean": (red, green, blue)}
 
-        def draw_views(image: Any, plan: SlicePlan) -> Iterator[torch.Tensor]:
-            return self._draw_views(image, plan, resample, colors[plan.fill], config.patch_size)
+        def draw_views(number: int, plan: SlicePlan) -> Iterator[torch.Tensor]:
+            try:
+                image, reduction = load_for(images[number], _least_size(plan, do_reduced_decode))
+            except ImageError as error:
+                raise type(error)(f"images[{number}]: {error}") from error
+            plan = _reduced_plan(plan, (image.height, image.width), reduction)
+            return self._draw_views(image, plan, resample, colors[plan.fill], config.patch_size, device)
 
         packed = pack_views(
-            images,
+            range(len(images)),
             plans,
             draw_views,
             patch_size=config.patch_size,
@@ -197,11 +222,12 @@ class SlicingImageProcessor(BaseImageProcessor):
 
     def _draw_views(
         self,
-        image: Any,
+        image: Image.Image,
         plan: SlicePlan,
         resample: PILImageResampling,
         fill: tuple[int, int, int],
         patch_size: int,
+        device: str | torch.device | None,
     ) -> Iterator[torch.Tensor]:
         """`uint8[height, width, 3]` of each view of a plan.
 
@@ -210,53 +236,61 @@ class SlicingImageProcessor(BaseImageProcessor):
         """
         if plan.canvas is None:
             for view in plan.views:
-                yield self._to_array(self._resize_box(image, view, resample, fill))
+                yield self._to_array(self._resize_box(image, view, resample, fill, device))
             return
         if plan.overview is not None:
-            yield self._to_array(self._resize_box(image, plan.overview, resample, fill))
+            yield self._to_array(self._resize_box(image, plan.overview, resample, fill, device))
         slices = plan.canvas_boxes[-len(plan.slices) :]
         height, width = (side * patch_size for side in slices[-1][2:])
         top, left, bottom, right = plan.canvas.image_box
-        resized = self._resize_in_steps(image, plan.image_size, (bottom - top, right - left), resample)
+        whole = (0, 0, image.height, image.width)
+        resized = self._resize_part(image, whole, (bottom - top, right - left), resample, device)
         canvas = self._to_array(self._pad(resized, (top, left, height - bottom, width - right), fill))
         for box in slices:
             top, left, bottom, right = (side * patch_size for side in box)
             yield canvas[top:bottom, left:right]
 
     def _resize_box(
-        self, image: Any, view: View, resample: PILImageResampling, fill: tuple[int, int, int]
+        self,
+        image: Image.Image,
+        view: View,
+        resample: PILImageResampling,
+        fill: tuple[int, int, int],
+        device: str | torch.device | None,
     ) -> Any:
         """The box of a view, at the view's size; what lies beyond the image is filled."""
         top, left, bottom, right = (int(edge) for edge in view.box)
-        height, width = self._image_size(image)
-        inside = (max(top, 0), max(left, 0), min(bottom, height), min(right, width))
-        pixels, size = self._crop(image, inside), (inside[2] - inside[0], inside[3] - inside[1])
-        if inside != (top, left, bottom, right):
-            # First along the side that is not padded: padding at full size would make a 20,000 x 2 px image 1.2 GB.
-            size = (
-                (view.size[0], size[1])
-                if (top, bottom) == (inside[0], inside[2])
-                else (size[0], view.size[1])
-            )
-            padding = (inside[0] - top, inside[1] - left, bottom - inside[2], right - inside[3])
-            pixels = self._pad(self._resize(pixels, size, resample), padding, fill)
-            return self._resize(pixels, view.size, resample)
-        return self._resize_in_steps(pixels, size, view.size, resample)
+        inside = (max(top, 0), max(left, 0), min(bottom, image.height), min(right, image.width))
+        if inside == (top, left, bottom, right):
+            return self._resize_part(image, inside, view.size, resample, device)
+        # First along the side that is not padded: padding at full size would make a 20,000 x 2 px image 1.2 GB.
+        if (top, bottom) == (inside[0], inside[2]):
+            size = view.size[0], inside[3] - inside[1]
+        else:
+            size = inside[2] - inside[0], view.size[1]
+        padding = (inside[0] - top, inside[1] - left, bottom - inside[2], right - inside[3])
+        pixels = self._resize_part(image, inside, size, resample, device)
+        return self._resize(self._pad(pixels, padding, fill), view.size, resample)
 
-    def _resize_in_steps(
-        self, pixels: Any, source: tuple[int, int], size: tuple[int, int], resample: PILImageResampling
+    def _resize_part(
+        self,
+        image: Image.Image,
+        box: tuple[int, int, int, int],
+        size: tuple[int, int],
+        resample: PILImageResampling,
+        device: str | torch.device | None,
     ) -> Any:
-        """See `intermediate_size`."""
-        for step in (intermediate_size(source, size), size):
+        """What lies in a box, at another size, in two steps: see `intermediate_size`."""
+        top, left, bottom, right = box
+        pixels = self._crop(image, box, device)
+        for step in (intermediate_size((bottom - top, right - left), size), size):
             pixels = self._resize(pixels, step, resample)
         return pixels
 
-    def _image_size(self, image: Any) -> tuple[int, int]:
-        """(height, width) of an image in the backend's form."""
-        raise NotImplementedError
-
-    def _crop(self, image: Any, box: tuple[int, int, int, int]) -> Any:
-        """The part of an image in `(top, left, bottom, right)`, in the backend's form."""
+    def _crop(
+        self, image: Image.Image, box: tuple[int, int, int, int], device: str | torch.device | None
+    ) -> Any:
+        """The part of an RGB or grey image in `(top, left, bottom, right)`, in the backend's form."""
         raise NotImplementedError
 
     def _resize(self, image: Any, size: tuple[int, int], resample: PILImageResampling) -> Any:
@@ -270,6 +304,44 @@ class SlicingImageProcessor(BaseImageProcessor):
     def _to_array(self, image: Any) -> torch.Tensor:
         """`uint8[height, width, 3]` of an image in the backend's form."""
         raise NotImplementedError
+
+
+def _least_size(plan: SlicePlan, do_reduced_decode: bool) -> tuple[int, int]:
+    """(height, width) of the image from which the views of a plan can be made."""
+    height, width = plan.image_size
+    if not do_reduced_decode:
+        return height, width
+    scales = [
+        (view.size[0] / (bottom - top), view.size[1] / (right - left))
+        for view in plan.views
+        for top, left, bottom, right in [view.box]
+    ]
+    down, across = (_LEAST_REDUCTION_LEFT * max(scale) for scale in zip(*scales, strict=True))
+    return math.ceil(down * height), math.ceil(across * width)
+
+
+def _reduced_plan(plan: SlicePlan, image_size: tuple[int, int], reduction: int) -> SlicePlan:
+    """The same views, made from an image that `load_for` has reduced: their boxes are so many times smaller.
+
+    Edges are rounded to whole pixels, of which a view has half as many at most: it is shifted by a quarter of its own.
+    """
+    if reduction == 1:
+        return plan
+
+    def reduce(view: View) -> View:
+        box = view.box
+        ends = [
+            small if edge == large else round(edge / reduction)
+            for edge, large, small in zip(box, 2 * plan.image_size, 2 * image_size, strict=True)
+        ]
+        return replace(view, box=(ends[0], ends[1], ends[2], ends[3]))
+
+    return replace(
+        plan,
+        image_size=image_size,
+        overview=plan.overview and reduce(plan.overview),
+        slices=tuple(reduce(view) for view in plan.slices),
+    )
 
 
 def _is_channels_first(shape: tuple[int, ...], input_data_format: str | ChannelDimension | None) -> bool:

@@ -1,12 +1,10 @@
 """Image processor that resizes with Pillow."""
 
-from typing import Any
-
 import numpy as np
 import torch
 from PIL import Image, ImageOps
 from transformers.image_processing_backends import PilBackend
-from transformers.image_utils import ChannelDimension, PILImageResampling
+from transformers.image_utils import PILImageResampling
 
 from vlmslice.image_processing_base import SlicingImageProcessor
 
@@ -17,15 +15,9 @@ class VlmSliceImageProcessorPil(SlicingImageProcessor, PilBackend):  # type: ign
     A call returns what `view_packing.PackedViews` lists, and `plans`, the `SlicePlan` of each image.
     """
 
-    def process_image(  # type: ignore[override]  # a PIL image where the parent makes an array
-        self, image: Any, input_data_format: str | ChannelDimension | None = None, **kwargs: Any
+    def _crop(
+        self, image: Image.Image, box: tuple[int, int, int, int], device: str | torch.device | None
     ) -> Image.Image:
-        return self._to_rgb_image(image, input_data_format)
-
-    def _image_size(self, image: Image.Image) -> tuple[int, int]:
-        return image.height, image.width
-
-    def _crop(self, image: Image.Image, box: tuple[int, int, int, int]) -> Image.Image:
         top, left, bottom, right = box
         # `resize(box=...)` would let the filter look beyond the box, into the next slice.
         return image if box == (0, 0, image.height, image.width) else image.crop((left, top, right, bottom))
@@ -37,7 +29,7 @@ class VlmSliceImageProcessorPil(SlicingImageProcessor, PilBackend):  # type: ign
         self, image: Image.Image, padding: tuple[int, int, int, int], fill: tuple[int, int, int]
     ) -> Image.Image:
         top, left, bottom, right = padding
-        return ImageOps.expand(image, (left, top, right, bottom), fill)
+        return ImageOps.expand(image.convert("RGB"), (left, top, right, bottom), fill)
 
     def _to_array(self, image: Image.Image) -> torch.Tensor:
-        return torch.from_numpy(np.array(image))
+        return torch.from_numpy(np.array(image.convert("RGB")))
