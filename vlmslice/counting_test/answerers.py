@@ -1,7 +1,7 @@
 """Who is asked: a vlmslice model, any model of transformers, any OpenAI-compatible endpoint, or a script.
 
-All have one form, `Answerer`: pictures and an arm to texts. Scripts answer from what is drawn, as a model with one known
-fault would; they are what the test is tested with.
+All have one form, `Answerer`: pictures and an arm to texts. Scripts answer from what is drawn, as a model with one
+known fault would; they are what the test is tested with.
 """
 
 from __future__ import annotations
@@ -201,7 +201,8 @@ class TransformersAnswerer(_OwnSlicing):
                 "save it with the processor"
             )
         accelerator = torch.accelerator.current_accelerator(check_available=True)
-        return model.to(accelerator or "cpu").eval(), processor
+        on_device: Any = model.to(accelerator or "cpu")  # type: ignore[arg-type]  # `to` has lost its types
+        return on_device.eval(), processor
 
     def describe(self) -> dict[str, Any]:
         from vlmslice.run_folder import describe_model
@@ -319,8 +320,8 @@ class EndpointAnswerer(_OwnSlicing):
                 response = client.post(f"{self._url}/chat/completions", json=body)
             except httpx.TimeoutException as error:
                 raise AnswererError(
-                    f"endpoint {self._url} gave no answer within {self._timeout:g} s; give the same command again to go "
-                    "on"
+                    f"endpoint {self._url} gave no answer within {self._timeout:g} s; give the same command again to "
+                    "go on"
                 ) from error
             except httpx.HTTPError as error:
                 raise AnswererError(

@@ -325,7 +325,7 @@ def object_size_pictures(
 def copy_pictures(
     seed: int = DEFAULT_SEED, num: int = 10, side: int = 448, shifts: Sequence[tuple[int, int]] = SHIFTS
 ) -> list[Picture]:
-    """`num` layouts of 3 to 9 shapes on oblongs, plain, shifted by each of `shifts` (down, right; px) and transposed."""
+    """`num` layouts of 3 to 9 shapes on oblongs: plain, transposed, shifted by each of `shifts` (down, right; px)."""
     pictures = []
     for number, layout in enumerate(_few_shapes("copies", seed, num)):
         size = (side, round(1.5 * side)) if number % 2 else (round(1.5 * side), side)
@@ -401,7 +401,7 @@ def seam_pictures(
     num: int = 12,
     sizes: Sequence[tuple[int, int]] = SEAM_SIZES,
 ) -> list[Picture]:
-    """`num` pairs of pictures, `inside` and `on`: in the second, 1 to 3 of the shapes lie across seams between two slices.
+    """`num` pairs of pictures, `inside` and `on`: in the second, 1 to 3 shapes lie across seams between two slices.
 
     All other shapes stay where they are, and kinds, colours and sizes are the same. Where slices overlap, what lies in
     the middle of the overlap is seen by both.
@@ -470,8 +470,8 @@ def _seam_pair(rng: random.Random, plan: SlicePlan, group: str, form: str) -> li
             )
         return pictures
     raise PictureError(
-        f"policy {plan.policy!r} leaves {len(looked.items)} shapes of {height} x {width} px (height x width) no room both "
-        "inside single slices and on seams; give sizes with larger slices"
+        f"policy {plan.policy!r} leaves {len(looked.items)} shapes of {height} x {width} px (height x width) no room "
+        "both inside single slices and on seams; give sizes with larger slices"
     )
 
 
