@@ -73,7 +73,8 @@ def analyse(answers: Sequence[CountAnswer]) -> Results:
         answers: Of any arms and sets, in any order.
 
     Returns:
-        `arms`: by name, what `analyse_arm` gives; `comparisons`: each further arm of the whole test against the first;
+        `arms`: by name, what `analyse_arm` gives. `comparisons`: each further arm of the whole test, that of an
+        arm from which something is taken away with the plain one, of another policy with the first;
         `findings`: what `find_faults` and the comparisons found.
     """
     by_arm = _group(answers, lambda answer: answer.arm)
@@ -82,13 +83,15 @@ def analyse(answers: Sequence[CountAnswer]) -> Results:
     whole = [name for name, some in by_arm.items() if any(answer.set != "nine-balls" for answer in some)]
     comparisons = {}
     for name in whole[1:]:
-        effect = compare_arms(by_arm[whole[0]], by_arm[name])
-        comparisons[name] = {"baseline": whole[0], "fewer_exact": _effect_dict(effect)}
+        plain = name.split(", ")[0]  # with nothing taken away
+        baseline = plain if plain != name and plain in whole else whole[0]
+        effect = compare_arms(by_arm[baseline], by_arm[name])
+        comparisons[name] = {"baseline": baseline, "fewer_exact": _effect_dict(effect)}
         if effect.is_found:
             assert effect.figure is not None
             verdict = "worse" if effect.figure.value > 0 else "better"
             wrong = _share(effect.figure, " of the same pictures wrong")
-            sentence = f'"{name}" counts {verdict} than "{whole[0]}": {wrong}'
+            sentence = f'"{name}" counts {verdict} than "{baseline}": {wrong}'
             findings.append(Finding(f"{verdict} arm", name, sentence, effect.figure, effect.num_groups))
     return {
         "arms": {name: analyse_arm(some) for name, some in by_arm.items()},

@@ -17,8 +17,6 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
-from PIL import Image
-
 from vlmslice.counting_test.arms import Arm, ArmError, check_arm, edit_inputs
 from vlmslice.counting_test.pictures import Picture, num_slices_seeing
 from vlmslice.errors import VlmSliceError, suggestion
@@ -70,8 +68,8 @@ class Answerer(Protocol):
         """How it slices an image of this size; None if that is its own affair. Raises `SlicingError`."""
         ...
 
-    def answer(self, pictures: Sequence[Picture], images: Sequence[Image.Image], arm: Arm) -> list[str]:
-        """One text for each picture; `images` are the drawn ones."""
+    def answer(self, pictures: Sequence[Picture], arm: Arm) -> list[str]:
+        """One text for each picture."""
         ...
 
 
@@ -129,9 +127,9 @@ class AssistantAnswerer:
     def plan(self, height: int, width: int, arm: Arm) -> SlicePlan | None:
         return plan_arm(self.slicing, height, width, arm)
 
-    def answer(self, pictures: Sequence[Picture], images: Sequence[Image.Image], arm: Arm) -> list[str]:
+    def answer(self, pictures: Sequence[Picture], arm: Arm) -> list[str]:
         answers = self.assistant.ask_batch(
-            [([image], picture.layout.question) for picture, image in zip(pictures, images, strict=True)],
+            [([picture.draw()], picture.layout.question) for picture in pictures],
             policy=arm.policy,
             max_visual_tokens=self.slicing.max_visual_tokens,
             max_new_tokens=_MAX_NEW_TOKENS,
@@ -214,14 +212,14 @@ class TransformersAnswerer(_OwnSlicing):
             "max_new_tokens": _MAX_NEW_TOKENS,
         }
 
-    def answer(self, pictures: Sequence[Picture], images: Sequence[Image.Image], arm: Arm) -> list[str]:
+    def answer(self, pictures: Sequence[Picture], arm: Arm) -> list[str]:
         import torch
 
         model, processor = self._parts
         texts = []
-        for picture, image in zip(pictures, images, strict=True):
+        for picture in pictures:
             text = picture.layout.question + _BRIEFLY
-            content = [{"type": "image", "image": image}, {"type": "text", "text": text}]
+            content = [{"type": "image", "image": picture.draw()}, {"type": "text", "text": text}]
             inputs = processor.apply_chat_template(
                 [{"role": "user", "content": content}],
                 add_generation_prompt=True,
@@ -290,16 +288,16 @@ class EndpointAnswerer(_OwnSlicing):
             "max_new_tokens": _MAX_NEW_TOKENS,
         }
 
-    def answer(self, pictures: Sequence[Picture], images: Sequence[Image.Image], arm: Arm) -> list[str]:
+    def answer(self, pictures: Sequence[Picture], arm: Arm) -> list[str]:
         client = self._client  # made once, before the threads
         with ThreadPoolExecutor(self.batch_size) as pool:
-            return list(pool.map(lambda pair: self._ask(client, *pair), zip(pictures, images, strict=True)))
+            return list(pool.map(lambda picture: self._ask(client, picture), pictures))
 
-    def _ask(self, client: httpx.Client, picture: Picture, image: Image.Image) -> str:
+    def _ask(self, client: httpx.Client, picture: Picture) -> str:
         import httpx
 
         file = io.BytesIO()
-        image.save(file, "PNG")
+        picture.draw().save(file, "PNG")
         data = "data:image/png;base64," + base64.b64encode(file.getvalue()).decode()
         body = {
             "model": self.name,
@@ -380,7 +378,7 @@ class ScriptedAnswerer:
     def plan(self, height: int, width: int, arm: Arm) -> SlicePlan | None:
         return plan_arm(self.slicing, height, width, arm)
 
-    def answer(self, pictures: Sequence[Picture], images: Sequence[Image.Image], arm: Arm) -> list[str]:
+    def answer(self, pictures: Sequence[Picture], arm: Arm) -> list[str]:
         return [self._count(picture, arm) for picture in pictures]
 
     def _count(self, picture: Picture, arm: Arm) -> str:

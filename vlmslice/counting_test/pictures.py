@@ -335,7 +335,7 @@ def copy_pictures(
     return pictures
 
 
-def position_pictures(num_places: int = 6, side: int = 672) -> list[Picture]:
+def position_pictures(num_places: int = 7, side: int = 672) -> list[Picture]:
     """Two by two circles at `num_places` x `num_places` places of a square; groups are named by row and column."""
     radius, spacing = 0.03, 0.1
     low, high = spacing / 2 + radius + 2 * _GAP, 1 - spacing / 2 - radius - 2 * _GAP

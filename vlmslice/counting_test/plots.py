@@ -43,6 +43,7 @@ _COLORS = (
 )
 _MARKERS = "osD^vPX<>*"
 _TRUTH = "#20242c"
+_MAX_TRUTH, _MAX_ANSWER = 12, 20  # of the table of confusions
 _MAX_LINES = 6  # beyond which a legend needs a second column
 
 
@@ -106,6 +107,32 @@ def plot_object_sizes(axes: Axes, results: Results, plan: SlicePlan | None = Non
     axes.set_xlabel("side of an object, px")
 
 
+def plot_counts(axes: Axes, results: Results, plan: SlicePlan | None = None) -> None:
+    """Mean answer over the true count."""
+    axes.set_title("More and more objects")
+    truths: set[int] = set()
+    arms = [(name, arm["sets"]["count"]) for name, arm in results["arms"].items() if "count" in arm["sets"]]
+    for number, (name, part) in enumerate(arms):
+        points = sorted(
+            (int(variant), int(variant) + figures["signed"]["value"])
+            for variant, figures in part["variants"].items()
+            if figures["signed"] is not None
+        )
+        axes.plot(
+            *zip(*points, strict=True), label=name, ms=4.5, lw=1.4,
+            color=_COLORS[number % len(_COLORS)], marker=_MARKERS[number % len(_MARKERS)],
+        )  # fmt: skip
+        truths |= {truth for truth, _ in points}
+    if not truths:
+        _say(axes, "not asked")
+        return
+    axes.plot([0, max(truths)], [0, max(truths)], color=_TRUTH, lw=1, ls=(0, (4, 3)), zorder=1)
+    if len(arms) > 1:
+        axes.legend()
+    axes.set_xlabel("true count")
+    axes.set_ylabel("mean answer")
+
+
 def plot_seams(axes: Axes, results: Results, plan: SlicePlan | None = None) -> None:
     """Error for each object on seams, beside the error for each object inside slices."""
     axes.set_title("Objects on seams, and inside slices")
@@ -131,9 +158,9 @@ def plot_seams(axes: Axes, results: Results, plan: SlicePlan | None = None) -> N
     if arms:
         axes.set_xticks(range(len(arms)), [name.replace(", ", "\n") for name, _ in arms])
         low, high = axes.get_ylim()
-        axes.set_ylim(min(low, -0.5), max(high, 0.5) * 1.08)
+        axes.set_ylim(min(low, -0.5), max(high, 0.5) * 1.25)
         axes.set_xlim(-0.7, len(arms) - 0.3)
-        axes.legend(loc="upper right")
+        axes.legend(loc="upper left", ncols=2)
         axes.grid(visible=False, axis="x")
     else:
         _say(axes, "no picture has a seam")
@@ -141,13 +168,13 @@ def plot_seams(axes: Axes, results: Results, plan: SlicePlan | None = None) -> N
 
 
 def plot_confusion(axes: Axes, results: Results, plan: SlicePlan | None = None) -> None:
-    """Share of each answer for each true count, of the first arm."""
+    """Share of each answer for each true count up to `_MAX_TRUTH`, of the first arm."""
     name, arm = _first(results)
     axes.set_title(f"True count and answer: {name}")
-    table = arm["confusion"]
+    table = {truth: row for truth, row in arm["confusion"].items() if int(truth) <= _MAX_TRUTH}
     truths = sorted(map(int, table))
     told = [int(answer) for row in table.values() for answer in row if answer != NO_NUMBER]
-    most = min(max([*truths, *told], default=1), 2 * max(truths, default=1))
+    most = min(max([*truths, *told], default=1), _MAX_ANSWER)
     columns = [str(count) for count in range(most + 1)]
     shares = []
     for truth in truths:
@@ -165,12 +192,12 @@ def plot_confusion(axes: Axes, results: Results, plan: SlicePlan | None = None) 
         for col, share in enumerate(values):
             if share >= 0.15:
                 axes.text(
-                    col, number, f"{100 * share:.0f}", ha="center", va="center", fontsize=6.5,
+                    col, number, f"{100 * share:.0f}", ha="center", va="center", fontsize=7,
                     color="white" if share > 0.55 else _TRUTH,
                 )  # fmt: skip
         if truths[number] <= most:
             axes.add_patch(_frame(truths[number], number))
-    step = 1 if most <= 12 else 2 if most <= 20 else 5
+    step = 1 if most <= 12 else 2
     ticks = list(range(0, most + 1, step))
     axes.set_xticks([*ticks, most + 1, most + 2], [*map(str, ticks), "", ""], fontsize=8)
     axes.annotate(
@@ -185,7 +212,7 @@ def plot_confusion(axes: Axes, results: Results, plan: SlicePlan | None = None) 
 def plot_positions(axes: Axes, results: Results, plan: SlicePlan | None = None) -> None:
     """Signed error where four circles lie, of the first arm; seams of the plan over it."""
     name, arm = _first(results)
-    axes.set_title(f"Four circles, moved over the picture: {name}")
+    axes.set_title(f"Four circles, moved about: {name}")
     errors = {tuple(map(float, place.split(","))): error for place, error in arm["positions"].items()}
     if not errors:
         _say(axes, "not asked")
@@ -231,6 +258,7 @@ PLOTS: dict[str, Callable[[Axes, Results, SlicePlan | None], None]] = {
     "confusion": plot_confusion,
     "position": plot_positions,
     "object-size": plot_object_sizes,
+    "count": plot_counts,
 }
 """All of them, in the order of a report."""
 

@@ -7,6 +7,7 @@ import html
 import io
 import textwrap
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -69,7 +70,7 @@ def write_report(
 
 
 def write_sheet(path: Path, results: Mapping[str, Any], plan: SlicePlan | None = None) -> None:
-    """Six plots and the findings on one sheet.
+    """All plots and the findings on one sheet.
 
     Args:
         path: Of a PNG.
@@ -85,27 +86,27 @@ def write_sheet(path: Path, results: Mapping[str, Any], plan: SlicePlan | None =
     lines = [
         line
         for text in _headlines(results)[:_MAX_HEADLINES]
-        for line in textwrap.wrap(text, 175, subsequent_indent="    ")
+        for line in textwrap.wrap(text, 220, subsequent_indent="    ")
     ]
     top = 0.95 + 0.24 * len(lines)
     height = 9.6 + top
     with rc_context(STYLE):
-        figure = Figure((16, height))
+        figure = Figure((21, height))
         FigureCanvasAgg(figure)
-        figure.text(0.035, 1 - 0.5 / height, _title(results), fontsize=17, fontweight="bold")
+        figure.text(0.028, 1 - 0.5 / height, _title(results), fontsize=17, fontweight="bold")
         for number, line in enumerate(lines):
-            figure.text(0.035, 1 - (0.86 + 0.24 * number) / height, line, fontsize=10.5, color="#3a414d")
+            figure.text(0.028, 1 - (0.86 + 0.24 * number) / height, line, fontsize=10.5, color="#3a414d")
         grid = figure.add_gridspec(
             2,
-            3,
-            left=0.05,
-            right=0.985,
+            4,
+            left=0.035,
+            right=0.99,
             bottom=0.6 / height,
             top=1 - (top + 0.35) / height,
             hspace=0.34,
             wspace=0.22,
         )
-        for number, name in enumerate(list(PLOTS)[:6]):
+        for number, name in enumerate(PLOTS):
             PLOTS[name](figure.add_subplot(grid[number]), results, plan)
         partial = path.with_suffix(".partial")
         figure.savefig(partial, format="png", dpi=110)
@@ -115,7 +116,10 @@ def write_sheet(path: Path, results: Mapping[str, Any], plan: SlicePlan | None =
 def result_lines(results: Mapping[str, Any]) -> tuple[list[str], list[list[str]], list[str]]:
     """Header and rows of the table of arms, and the findings, a line each, as a terminal shows them."""
     header, rows = _arm_rows(results)
-    return header, rows, _headlines(results)
+    shown = [
+        header.index(name) for name in ("arm", "pictures", "exact", "mean abs. error", "on a seam", "inside")
+    ]
+    return [header[i] for i in shown], [[row[i] for i in shown] for row in rows], _headlines(results)
 
 
 def _find_arm(answer: CountAnswer) -> Arm:
@@ -213,7 +217,7 @@ def _arm_rows(results: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
         overall, changes = arm["overall"], arm["invariance"]
         rows.append(
             [
-                name if set(arm["sets"]) != {"nine-balls"} else f"{name} (nine balls)",
+                name if set(arm["sets"]) - {"nine-balls"} else f"{name} (nine balls)",
                 str(arm["num_pictures"]),
                 _percent(overall["exact"]),
                 _number(overall["mae"], ""),
@@ -230,7 +234,7 @@ def _arm_rows(results: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
 
 def _sets_table(results: Mapping[str, Any]) -> str:
     arms = {
-        name: arm for name, arm in results["arms"].items() if set(arm["sets"]) != {"nine-balls"}
+        name: arm for name, arm in results["arms"].items() if set(arm["sets"]) - {"nine-balls"}
     } or results["arms"]
     rows = []
     names = list(dict.fromkeys((name, part) for arm in arms.values() for name, part in _variants(arm)))
@@ -323,9 +327,10 @@ def _draw_group(group: Sequence[CountAnswer], pictures: Mapping[str, Picture], a
 
 def _thumbnail(picture: Picture, plan: SlicePlan | None) -> str:
     """A small picture with its slices, as a data: URL; objects on seams stand out by the lines through them."""
-    image = picture.draw()
-    scale = min(1.0, _THUMBNAIL / max(image.size))
-    small = image.resize((max(round(image.width * scale), 1), max(round(image.height * scale), 1)))
+    scale = min(1.0, _THUMBNAIL / max(picture.size))
+    height, width = (max(round(side * scale), 1) for side in picture.size)
+    down, right = (round(step * scale) for step in picture.shift)
+    small = replace(picture, size=(height, width), shift=(down, right)).draw()
     pen = ImageDraw.Draw(small)
     if plan is not None and len(plan.slices) > 1:
         for view in plan.slices:
@@ -392,8 +397,8 @@ h2 { font-size: 1.2rem; margin: 2.2rem 0 .7rem; } h3 { font-size: 1rem; margin: 
 .plots figure { margin: 0; background: #fff; border: 1px solid var(--line); border-radius: 10px; padding: .5rem; }
 .plots img { display: block; width: 100%; height: auto; }
 .wide { overflow-x: auto; background: #fff; border: 1px solid var(--line); border-radius: 10px; padding: .3rem .9rem; }
-table { border-collapse: collapse; font-size: .88rem; font-variant-numeric: tabular-nums; }
-th, td { text-align: left; padding: .35rem 1.1rem .35rem 0; white-space: nowrap; }
+table { border-collapse: collapse; font-size: .8rem; font-variant-numeric: tabular-nums; }
+th, td { text-align: left; padding: .35rem .8rem .35rem 0; white-space: nowrap; }
 th { color: var(--soft); font-weight: 600; } tr.first td { border-top: 1px solid var(--line); }
 details { margin-top: .8rem; } details > summary { cursor: pointer; color: var(--soft); padding: .3rem 0; }
 .group { background: #fff; border: 1px solid var(--line); border-radius: 10px; padding: .7rem .9rem; margin: .6rem 0; }

@@ -104,7 +104,7 @@ def _ask_batch(answerer: Answerer, pictures: Sequence[Picture], arm: Arm) -> lis
         except SlicingError as error:
             reasons[picture.id] = str(error)
     asked = [picture for picture in pictures if picture.id not in reasons]
-    texts = iter(answerer.answer(asked, [picture.draw() for picture in asked], arm) if asked else ())
+    texts = iter(answerer.answer(asked, arm) if asked else ())
     return [
         record_answer(picture, arm.name, None, reasons[picture.id])
         if picture.id in reasons
