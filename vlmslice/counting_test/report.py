@@ -334,8 +334,8 @@ def _thumbnail(picture: Picture, plan: SlicePlan | None) -> str:
     pen = ImageDraw.Draw(small)
     if plan is not None and len(plan.slices) > 1:
         for view in plan.slices:
-            top, left, bottom, right = (edge * scale for edge in view.box)
-            pen.rectangle((left, top, right, bottom), outline=_SEAM)
+            box = [edge * scale for edge in view.box]
+            pen.rectangle((box[1], box[0], box[3], box[2]), outline=_SEAM)
     file = io.BytesIO()
     small.quantize(64, method=Image.Quantize.MEDIANCUT).save(file, "PNG", optimize=True)
     return "data:image/png;base64," + base64.b64encode(file.getvalue()).decode()
