@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from vlmslice.canvas_mixer import CanvasMixer
-from vlmslice.conv_stem import lay_out_sheets
+from vlmslice.sheets import lay_out_sheets
 
 WIDTH = 16
 # An overview of 2 x 2 patches and four slices of 2 x 3; and an image of one view.
@@ -28,13 +28,13 @@ def changed_by(mixer: CanvasMixer, view: int, patch: int) -> set[tuple[int, int]
     other = features.clone()
     other[view, patch] = -other[view, patch]
     with torch.no_grad():
-        difference = mixer(other, SHEETS, NUM_VIEWS) - mixer(features, SHEETS, NUM_VIEWS)
+        difference = mixer(other, SHEETS) - mixer(features, SHEETS)
     return {tuple(place) for place in torch.nonzero(difference.abs().amax(-1) > 1e-6).tolist()}
 
 
 def test_untrained_it_does_nothing():
     features = torch.randn(6, 6, WIDTH)
-    assert torch.equal(CanvasMixer(WIDTH, (1, 2))(features, SHEETS, NUM_VIEWS), features)
+    assert torch.equal(CanvasMixer(WIDTH, (1, 2))(features, SHEETS), features)
 
 
 def test_a_patch_reaches_over_the_seam_as_far_as_the_dilations_go():
@@ -55,7 +55,7 @@ def test_the_overview_is_spread_over_the_slices_and_stays_what_it_is():
     assert not any(view == 5 for view, _ in reached)
     features = torch.randn(6, 6, WIDTH)
     with torch.no_grad():
-        assert torch.equal(mixer(features, SHEETS, NUM_VIEWS)[0], features[0])
+        assert torch.equal(mixer(features, SHEETS)[0], features[0])
 
 
 def test_images_of_a_batch_do_not_touch():
@@ -64,8 +64,8 @@ def test_images_of_a_batch_do_not_touch():
     twice = torch.cat([features, features.flip(1)])
     sheets = lay_out_sheets(torch.cat([SIZES, SIZES]), 6, torch.cat([BOXES, BOXES]), NUM_VIEWS.repeat(2))
     with torch.no_grad():
-        got = mixer(twice, sheets, NUM_VIEWS.repeat(2))
-        expected = [mixer(half, SHEETS, NUM_VIEWS) for half in twice.split(6)]
+        got = mixer(twice, sheets)
+        expected = [mixer(half, SHEETS) for half in twice.split(6)]
     torch.testing.assert_close(got, torch.cat(expected))
 
 
@@ -75,6 +75,6 @@ def test_every_weight_has_a_gradient(views):
     mixer = trained_mixer()
     number = torch.tensor([len(views)])
     sheets = lay_out_sheets(SIZES[views], 6, BOXES[views], number)
-    mixer(torch.randn(len(views), 6, WIDTH), sheets, number).sum().backward()
+    mixer(torch.randn(len(views), 6, WIDTH), sheets).sum().backward()
     assert all(parameter.grad is not None for parameter in mixer.parameters())
     assert bool(mixer.overview.weight.grad.abs().sum() > 0) == (len(views) > 1)

@@ -23,7 +23,8 @@ from transformers import GPT2Config
 
 from vlmslice.data.dense import CELLS_PER_SIDE, HEADS, UNKNOWN
 from vlmslice.dense_reader import dense_loss
-from vlmslice.modeling import VlmSliceForConditionalGeneration, _is_overview
+from vlmslice.modeling import VlmSliceForConditionalGeneration
+from vlmslice.sheets import find_overviews
 from vlmslice.tokenization import build_byte_tokenizer
 from vlmslice.vision_encoder import VlmSliceVisionConfig
 
@@ -196,8 +197,11 @@ class TestImagesMatter:
 
     def test_overview_is_the_first_view_of_a_cut_image(self):
         """An image that is not cut has one view, which is its slice."""
-        marks = _is_overview(torch.tensor([1, 3, 1, 2]))
+        small, large = [0, 0, 2, 2], [0, 0, 4, 2]
+        boxes = torch.tensor([large, large, small, small, small, large, small])
+        marks = find_overviews(boxes, torch.tensor([1, 3, 1, 2]))
         assert marks.tolist() == [False, True, False, False, False, True, False]
+        assert not find_overviews(torch.tensor([small, small]), torch.tensor([2])).any()
 
     def test_placeholder_embedding_is_replaced(self):
         """What the embedding table holds for the placeholder itself must not matter."""

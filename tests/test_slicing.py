@@ -620,6 +620,7 @@ def test_plan_survives_json():
         "size": [160, 256],
         "patch_grid": [10, 16],
         "num_visual_tokens": 40,
+        "token_box": None,
     }
     assert (len(fields["slices"]), fields["grid"]) == (6, [2, 3])
     assert fields["canvas_boxes"][-1] == [14, 28, 28, 42]

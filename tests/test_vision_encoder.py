@@ -7,7 +7,8 @@ from hypothesis import strategies as st
 from timm.layers import resample_abs_pos_embed
 from timm.models.naflexvit import checkpoint_filter_fn
 
-from vlmslice.conv_stem import ConvStem, lay_out_sheets
+from vlmslice.conv_stem import ConvStem
+from vlmslice.sheets import lay_out_sheets
 from vlmslice.slicing import SlicingConfig, plan_slices
 from vlmslice.view_packing import split_into_patches
 from vlmslice.vision_encoder import (
@@ -324,7 +325,7 @@ class TestArchitectures:
         )
         boxes[:5] += 7  # a canvas may be moved
         sheets = lay_out_sheets(sizes, 6, boxes, torch.tensor([5, 1]))
-        assert [tuple(sheet.shape) for sheet in sheets] == [(2, 2), (4, 6), (2, 3)]
+        assert [tuple(sheet.patches.shape) for sheet in sheets] == [(2, 2), (4, 6), (2, 3)]
         with torch.no_grad():
             got = stem(torch.nn.utils.rnn.pad_sequence(views, batch_first=True), sheets)
             whole = stem(split_into_patches(image, 16)[None], lay_out_sheets(torch.tensor([[4, 6]]), 24))
@@ -352,7 +353,7 @@ class TestArchitectures:
             for view, grid in enumerate(sizes.prod(dim=1).tolist())
             for patch in range(grid)
         ]
-        assert sorted(torch.cat([sheet.flatten() for sheet in sheets]).tolist()) == expected
+        assert sorted(torch.cat([sheet.patches.flatten() for sheet in sheets]).tolist()) == expected
         assert len(sheets) == (2 if plan.grid == (1, 1) else 4)
 
     def test_small_runs_start_at_scale(self):

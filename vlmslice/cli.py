@@ -176,6 +176,10 @@ def plan(
     The JSON is height first throughout: `image_size` and `size` are `[height, width]`, `grid` is `[rows, columns]`,
     and a `box` is `[top, left, bottom, right]` in pixels of the image. With `--all` it holds `plans` by policy, and
     `errors` of those that cannot make one.
+
+    `--all` tells of each policy the patches that the vision encoder and the tokens that the language model must work
+    through, the megapixels of the slices that show the image, the share of the slices that is padding, and by how much
+    the aspect ratio is changed.
     """
     from vlmslice.model_files import read_slicing_config
 
@@ -692,21 +696,42 @@ def _compare_policies(height: int, width: int, fields: dict[str, Any], as_json: 
         _print_json({"plans": {name: plan.to_dict() for name, plan in plans.items()}, "errors": errors})
         return
     print(f"{width} x {height} px (width x height)")
-    print(
-        f"{'policy':<10}{'grid':>8}{'slice, px':>12}{'overview':>12}{'tokens':>8}{'detail':>8}{'distortion':>12}"
+    header = (
+        "policy",
+        "grid",
+        "slice, px",
+        "overview",
+        "patches",
+        "tokens",
+        "megapixels",
+        "padded",
+        "distortion",
     )
+    rows = []
     for policy in POLICIES:
         if policy in errors:
-            print(f"{policy:<10}{'over the bound of ' + str(fields['max_visual_tokens']):>40}")
+            rows.append((policy, *["-"] * (len(header) - 1)))
             continue
         plan = plans[policy]
         sizes = [
             f"{view.size[1]}x{view.size[0]}" if view else "-" for view in (plan.slices[0], plan.overview)
         ]
-        print(
-            f"{policy:<10}{'x'.join(map(str, plan.grid)):>8}{sizes[0]:>12}{sizes[1]:>12}"
-            f"{plan.num_visual_tokens:>8}{plan.detail:>8.2g}{plan.distortion:>12.2f}"
+        kept = plan.detail * height * width / 1e6
+        rows.append(
+            (
+                policy,
+                "x".join(map(str, plan.grid)),
+                *sizes,
+                str(plan.num_patches),
+                str(plan.num_visual_tokens),
+                f"{kept:.2g}",
+                f"{plan.padded:.0%}",
+                f"{plan.distortion:.2f}",
+            )
         )
+    _print_table(header, rows)
+    for policy, message in errors.items():
+        _note(f"{policy}: {message}")
 
 
 def _summarize(answer: Answer, seconds: dict[str, float]) -> str:
@@ -736,7 +761,9 @@ def _print_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
         table.add_row(*row)
     # Into a file or a pipe, nothing is folded.
     console = Console(width=None if sys.stdout.isatty() else 10_000, markup=False, highlight=False)
-    console.print(table)
+    with console.capture() as drawn:
+        console.print(table)
+    print("\n".join(line.rstrip() for line in drawn.get().splitlines()))
 
 
 def _print_piece(text: str) -> None:

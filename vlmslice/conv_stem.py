@@ -13,6 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from vlmslice.sheets import Sheet
+
 BLOCK = 4
 """Side in pixels of the blocks that the first layer looks at, the finest grid on which convolutions run."""
 
@@ -54,7 +56,7 @@ class ConvStem(nn.Module):
     """Patch embedding by convolutions at 4, 8 and 16 px.
 
     Blocks of 4 x 4 px become vectors; residual convolutions run on them, on their 2 x 2 groups and on the patches. A
-    patch sees about 60 px beyond its edges, never beyond its sheet (see `lay_out_sheets`).
+    patch sees about 60 px beyond its edges, never beyond its sheet (see `sheets`).
     """
 
     def __init__(self, patch_size: int, hidden_size: int, depths: tuple[int, int, int] = (1, 1, 1)):
@@ -75,14 +77,14 @@ class ConvStem(nn.Module):
         """The layers whose outputs are added to a residual stream."""
         return [module.outer for module in self.modules() if isinstance(module, ResidualConv)]
 
-    def forward(self, x: torch.Tensor, sheets: Sequence[torch.Tensor]) -> torch.Tensor:
+    def forward(self, x: torch.Tensor, sheets: Sequence[Sheet]) -> torch.Tensor:
         """Patches `[V, T, patch_size**2 * 3]` (channels last) to `[V, T, D]`, zero where no sheet has them.
 
         Sheets of one shape run together.
         """
         shapes: dict[torch.Size, list[torch.Tensor]] = {}
         for sheet in sheets:
-            shapes.setdefault(sheet.shape, []).append(sheet)
+            shapes.setdefault(sheet.patches.shape, []).append(sheet.patches)
         patches = x.flatten(0, 1)
         output = None
         for alike in shapes.values():
@@ -104,46 +106,3 @@ class ConvStem(nn.Module):
         x = self.fine(F.gelu(self.pixels(x)))
         x = self.middle(F.gelu(self.to_middle(x)))
         return self.patches(F.gelu(self.to_patches(x)))
-
-
-def lay_out_sheets(
-    target_sizes: torch.Tensor,
-    num_patches: int,
-    canvas_boxes: torch.Tensor | None = None,
-    num_views: torch.Tensor | None = None,
-) -> list[torch.Tensor]:
-    """The maps of patches on which convolutions run, `int64[height, width]` each, of indices into the V * T patches.
-
-    The slices of an image lie side by side on one sheet, so a glyph or a shape that a seam cuts is seen whole. An
-    overview is a sheet of its own, before that of its slices; without `canvas_boxes`, so is every view.
-
-    Args:
-        target_sizes: `int64[V, 2]` patch grids.
-        num_patches: T.
-        canvas_boxes: `int64[V, 4]`, see `view_packing.PackedViews`.
-        num_views: `int64[N]`, as well.
-
-    Example: an overview of (1, 1) patch and slices of (1, 2) and (1, 2) beside each other, T = 2, give `[[0]]` and
-    `[[2, 3, 4, 5]]`.
-    """
-    device = target_sizes.device
-    grids = target_sizes.tolist()
-    own = [
-        torch.arange(height * width, device=device).view(height, width) + view * num_patches
-        for view, (height, width) in enumerate(grids)
-    ]
-    if canvas_boxes is None or num_views is None:
-        return own
-    sheets, first, boxes = [], 0, canvas_boxes.tolist()
-    for number in num_views.tolist():
-        sheets.append(own[first])
-        slices = range(first + 1, first + number)
-        if slices:
-            tops, lefts, bottoms, rights = zip(*(boxes[view] for view in slices), strict=True)
-            sheet = own[first].new_zeros(max(bottoms) - min(tops), max(rights) - min(lefts))
-            for view, top, left in zip(slices, tops, lefts, strict=True):
-                row, col = top - min(tops), left - min(lefts)
-                sheet[row : row + grids[view][0], col : col + grids[view][1]] = own[view]
-            sheets.append(sheet)
-        first += number
-    return sheets

@@ -9,8 +9,6 @@ from transformers.image_processing_backends import TorchvisionBackend
 from transformers.image_utils import ChannelDimension, PILImageResampling, SizeDict
 
 from vlmslice.image_processing_base import SlicingImageProcessor
-from vlmslice.slicing import View
-from vlmslice.view_packing import intermediate_size
 
 
 class VlmSliceImageProcessor(SlicingImageProcessor, TorchvisionBackend):  # type: ignore[misc]
@@ -32,12 +30,29 @@ class VlmSliceImageProcessor(SlicingImageProcessor, TorchvisionBackend):  # type
     def _image_size(self, image: torch.Tensor) -> tuple[int, int]:
         return image.shape[-2], image.shape[-1]
 
-    def _resize_view(self, image: torch.Tensor, view: View, resample: PILImageResampling) -> torch.Tensor:
-        top, left, bottom, right = view.box
-        pixels = image[:, top:bottom, left:right]
-        for height, width in (intermediate_size((bottom - top, right - left), view.size), view.size):
-            pixels = self.resize(pixels, SizeDict(height=height, width=width), resample, antialias=True)
-        return pixels.permute(1, 2, 0)
+    def _crop(self, image: torch.Tensor, box: tuple[int, int, int, int]) -> torch.Tensor:
+        top, left, bottom, right = box
+        return image[:, top:bottom, left:right]
+
+    def _resize(
+        self, image: torch.Tensor, size: tuple[int, int], resample: PILImageResampling
+    ) -> torch.Tensor:
+        return self.resize(image, SizeDict(height=size[0], width=size[1]), resample, antialias=True)
+
+    def _pad(
+        self, image: torch.Tensor, padding: tuple[int, int, int, int], fill: tuple[int, int, int]
+    ) -> torch.Tensor:
+        if not any(padding):
+            return image
+        top, left, bottom, right = padding
+        _, height, width = image.shape
+        color = image.new_tensor(fill)[:, None, None]
+        padded = color.expand(-1, top + height + bottom, left + width + right).clone()
+        padded[:, top : top + height, left : left + width] = image
+        return padded
+
+    def _to_array(self, image: torch.Tensor) -> torch.Tensor:
+        return image.permute(1, 2, 0)
 
 
 def _to_tensor(image: Image.Image) -> torch.Tensor:

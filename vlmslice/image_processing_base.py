@@ -14,7 +14,7 @@ from transformers.processing_utils import ImagesKwargs
 
 from vlmslice.image_loading import ImageError, ImageSourceError, image_from_array, load_image, read_image_size
 from vlmslice.slicing import SlicePlan, SlicingConfig, View, plan_slices
-from vlmslice.view_packing import pack_views
+from vlmslice.view_packing import intermediate_size, pack_views
 
 _SLICING_FIELDS = tuple(field.name for field in fields(SlicingConfig))
 # Options that every transformers image processor has, but which could only contradict the plan here.
@@ -56,8 +56,8 @@ class VlmSliceImageProcessorKwargs(ImagesKwargs, total=False):
 class SlicingImageProcessor(BaseImageProcessor):
     """Everything but the pixels of an image processor; placed before a transformers backend among the bases.
 
-    A subclass adds `process_image`, from an input to the backend's form of an RGB image, `_image_size` and
-    `_resize_view`.
+    A subclass adds `process_image`, from an input to the backend's form of an RGB image, and what is done with that:
+    `_image_size`, `_crop`, `_resize`, `_pad` and `_to_array`.
     """
 
     resample = PILImageResampling.BICUBIC
@@ -175,14 +175,19 @@ class SlicingImageProcessor(BaseImageProcessor):
         mean = np.broadcast_to(image_mean if do_normalize else 0.0, 3)
         std = np.broadcast_to(image_std if do_normalize else 1.0, 3)
 
-        def resize_view(image: Any, view: View) -> torch.Tensor:
-            return self._resize_view(image, view, resample)
+        # What is padded in the mean colour normalises to about zero; black is black.
+        red, green, blue = (int(level * 255) for level in np.broadcast_to(image_mean, 3))
+        colors = {"black": (0, 0, 0), "mean": (red, green, blue)}
+
+        def draw_views(image: Any, plan: SlicePlan) -> Iterator[torch.Tensor]:
+            return self._draw_views(image, plan, resample, colors[plan.fill], config.patch_size)
 
         packed = pack_views(
             images,
             plans,
-            resize_view,
+            draw_views,
             patch_size=config.patch_size,
+            merge_size=config.merge_size,
             gain=(scale / std).tolist(),
             offset=(-mean / std).tolist(),
         )
@@ -190,12 +195,80 @@ class SlicingImageProcessor(BaseImageProcessor):
             data={**packed, "plans": plans}, tensor_type=return_tensors, skip_tensor_conversion=["plans"]
         )
 
+    def _draw_views(
+        self,
+        image: Any,
+        plan: SlicePlan,
+        resample: PILImageResampling,
+        fill: tuple[int, int, int],
+        patch_size: int,
+    ) -> Iterator[torch.Tensor]:
+        """`uint8[height, width, 3]` of each view of a plan.
+
+        Slices are made from the pixels inside their boxes and no others, or cut from a canvas to which the whole image
+        is resized (see `slicing_policies.Canvas`).
+        """
+        if plan.canvas is None:
+            for view in plan.views:
+                yield self._to_array(self._resize_box(image, view, resample, fill))
+            return
+        if plan.overview is not None:
+            yield self._to_array(self._resize_box(image, plan.overview, resample, fill))
+        slices = plan.canvas_boxes[-len(plan.slices) :]
+        height, width = (side * patch_size for side in slices[-1][2:])
+        top, left, bottom, right = plan.canvas.image_box
+        resized = self._resize_in_steps(image, plan.image_size, (bottom - top, right - left), resample)
+        canvas = self._to_array(self._pad(resized, (top, left, height - bottom, width - right), fill))
+        for box in slices:
+            top, left, bottom, right = (side * patch_size for side in box)
+            yield canvas[top:bottom, left:right]
+
+    def _resize_box(
+        self, image: Any, view: View, resample: PILImageResampling, fill: tuple[int, int, int]
+    ) -> Any:
+        """The box of a view, at the view's size; what lies beyond the image is filled."""
+        top, left, bottom, right = (int(edge) for edge in view.box)
+        height, width = self._image_size(image)
+        inside = (max(top, 0), max(left, 0), min(bottom, height), min(right, width))
+        pixels, size = self._crop(image, inside), (inside[2] - inside[0], inside[3] - inside[1])
+        if inside != (top, left, bottom, right):
+            # First along the side that is not padded: padding at full size would make a 20,000 x 2 px image 1.2 GB.
+            size = (
+                (view.size[0], size[1])
+                if (top, bottom) == (inside[0], inside[2])
+                else (size[0], view.size[1])
+            )
+            padding = (inside[0] - top, inside[1] - left, bottom - inside[2], right - inside[3])
+            pixels = self._pad(self._resize(pixels, size, resample), padding, fill)
+            return self._resize(pixels, view.size, resample)
+        return self._resize_in_steps(pixels, size, view.size, resample)
+
+    def _resize_in_steps(
+        self, pixels: Any, source: tuple[int, int], size: tuple[int, int], resample: PILImageResampling
+    ) -> Any:
+        """See `intermediate_size`."""
+        for step in (intermediate_size(source, size), size):
+            pixels = self._resize(pixels, step, resample)
+        return pixels
+
     def _image_size(self, image: Any) -> tuple[int, int]:
         """(height, width) of an image in the backend's form."""
         raise NotImplementedError
 
-    def _resize_view(self, image: Any, view: View, resample: PILImageResampling) -> torch.Tensor:
-        """`uint8[height, width, 3]` of one view, made from the pixels inside its box and no others."""
+    def _crop(self, image: Any, box: tuple[int, int, int, int]) -> Any:
+        """The part of an image in `(top, left, bottom, right)`, in the backend's form."""
+        raise NotImplementedError
+
+    def _resize(self, image: Any, size: tuple[int, int], resample: PILImageResampling) -> Any:
+        """An image at another `(height, width)`, by the filter of `resample` and nothing else."""
+        raise NotImplementedError
+
+    def _pad(self, image: Any, padding: tuple[int, int, int, int], fill: tuple[int, int, int]) -> Any:
+        """An image with so many px of a colour above, before, below and behind it."""
+        raise NotImplementedError
+
+    def _to_array(self, image: Any) -> torch.Tensor:
+        """`uint8[height, width, 3]` of an image in the backend's form."""
         raise NotImplementedError
 
 

@@ -4,13 +4,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 from transformers.image_processing_backends import PilBackend
 from transformers.image_utils import ChannelDimension, PILImageResampling
 
 from vlmslice.image_processing_base import SlicingImageProcessor
-from vlmslice.slicing import View
-from vlmslice.view_packing import intermediate_size
 
 
 class VlmSliceImageProcessorPil(SlicingImageProcessor, PilBackend):  # type: ignore[misc]
@@ -27,11 +25,19 @@ class VlmSliceImageProcessorPil(SlicingImageProcessor, PilBackend):  # type: ign
     def _image_size(self, image: Image.Image) -> tuple[int, int]:
         return image.height, image.width
 
-    def _resize_view(self, image: Image.Image, view: View, resample: PILImageResampling) -> torch.Tensor:
-        top, left, bottom, right = view.box
-        if view.box != (0, 0, image.height, image.width):
-            # `resize(box=...)` would let the filter look beyond the box, into the next slice.
-            image = image.crop((left, top, right, bottom))
-        for height, width in (intermediate_size((image.height, image.width), view.size), view.size):
-            image = image.resize((width, height), resample)
+    def _crop(self, image: Image.Image, box: tuple[int, int, int, int]) -> Image.Image:
+        top, left, bottom, right = box
+        # `resize(box=...)` would let the filter look beyond the box, into the next slice.
+        return image if box == (0, 0, image.height, image.width) else image.crop((left, top, right, bottom))
+
+    def _resize(self, image: Image.Image, size: tuple[int, int], resample: PILImageResampling) -> Image.Image:
+        return image.resize((size[1], size[0]), resample)
+
+    def _pad(
+        self, image: Image.Image, padding: tuple[int, int, int, int], fill: tuple[int, int, int]
+    ) -> Image.Image:
+        top, left, bottom, right = padding
+        return ImageOps.expand(image, (left, top, right, bottom), fill)
+
+    def _to_array(self, image: Image.Image) -> torch.Tensor:
         return torch.from_numpy(np.array(image))

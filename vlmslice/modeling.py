@@ -31,6 +31,7 @@ from vlmslice.loss_weighting import weighted_loss
 from vlmslice.packed_rows import find_samples
 from vlmslice.pointing import last_points
 from vlmslice.position_embedding import sincos_2d
+from vlmslice.sheets import find_overviews
 from vlmslice.spatial_schema import LOCATION_TOKENS
 from vlmslice.vision_encoder import VlmSliceVisionEncoder, patch_coordinates
 from vlmslice.visual_expert import VisualExpertLayers
@@ -184,6 +185,7 @@ class VlmSliceForConditionalGeneration(VlmSlicePreTrainedModel, GenerationMixin)
         target_sizes: torch.Tensor,
         canvas_boxes: torch.Tensor,
         num_views: torch.Tensor,
+        token_boxes: torch.Tensor | None = None,
     ) -> ImageFeatures:
         """Visual tokens of all views.
 
@@ -192,6 +194,8 @@ class VlmSliceForConditionalGeneration(VlmSlicePreTrainedModel, GenerationMixin)
             target_sizes: `int64[V, 2]` patch grids.
             canvas_boxes: `int64[V, 4]` place of each view on the full-detail canvas, in patches.
             num_views: `int64[N]` views of each image.
+            token_boxes: `int64[V, 4]` the visual tokens of each view that are kept; None for all. See
+                `view_packing.PackedViews`.
 
         Returns:
             `pooler_output`: one `[tokens, E]` tensor per image, in order. `last_hidden_state`: patch features
@@ -207,8 +211,11 @@ class VlmSliceForConditionalGeneration(VlmSlicePreTrainedModel, GenerationMixin)
             )
         features_VTD, valid_VT = self.vision_encoder(pixel_values, target_sizes, canvas_boxes, num_views)
         tokens_VQE, valid_VQ = self.connector(features_VTD, valid_VT, target_sizes)
-        places_VQ2 = place_on_canvas(*self._token_cells(target_sizes), canvas_boxes)
-        is_overview_V = _is_overview(num_views)
+        cells_VQ2, grids_V2 = self._token_cells(target_sizes)
+        places_VQ2 = place_on_canvas(cells_VQ2, grids_V2, canvas_boxes)
+        if token_boxes is not None:
+            valid_VQ = valid_VQ & _lie_in(cells_VQ2, token_boxes)
+        is_overview_V = find_overviews(canvas_boxes, num_views)
         if self.canvas_position is not None:
             tokens_VQE = tokens_VQE + self.canvas_position(places_VQ2, is_overview_V)
         tokens_per_image = [int(tokens.sum()) for tokens in valid_VQ.sum(dim=1).split(num_views.tolist())]
@@ -250,6 +257,7 @@ class VlmSliceForConditionalGeneration(VlmSlicePreTrainedModel, GenerationMixin)
         target_sizes: torch.LongTensor | None = None,
         canvas_boxes: torch.LongTensor | None = None,
         num_views: torch.LongTensor | None = None,
+        token_boxes: torch.LongTensor | None = None,
         attention_mask: torch.Tensor | None = None,
         position_ids: torch.LongTensor | None = None,
         past_key_values=None,
@@ -292,7 +300,9 @@ class VlmSliceForConditionalGeneration(VlmSlicePreTrainedModel, GenerationMixin)
                     "got pixel_values without input_ids, expected the ids whose placeholders the visual tokens "
                     "replace; pass input_ids, or inputs_embeds alone"
                 )
-            image_outputs = self.get_image_features(pixel_values, target_sizes, canvas_boxes, num_views)
+            image_outputs = self.get_image_features(
+                pixel_values, target_sizes, canvas_boxes, num_views, token_boxes
+            )
             if self.cross_attention is None:
                 tokens_of_images = image_outputs.pooler_output
                 placeholder_mask = self.get_placeholder_mask(
@@ -479,6 +489,7 @@ class VlmSliceForConditionalGeneration(VlmSlicePreTrainedModel, GenerationMixin)
         target_sizes: torch.LongTensor | None = None,
         canvas_boxes: torch.LongTensor | None = None,
         num_views: torch.LongTensor | None = None,
+        token_boxes: torch.LongTensor | None = None,
         **model_kwargs,
     ):
         """Repeats every sample, for beams and for several answers to one prompt.
@@ -488,7 +499,7 @@ class VlmSliceForConditionalGeneration(VlmSlicePreTrainedModel, GenerationMixin)
         if pixel_values is not None and expand_size > 1:
             num_placeholders = (input_ids == self.config.image_token_id).sum(dim=1).tolist()
             num_images = _images_per_sample(
-                num_placeholders, self._placeholders_per_image(target_sizes, num_views)
+                num_placeholders, self._placeholders_per_image(target_sizes, num_views, token_boxes)
             )
             num_views_of_sample = [int(views.sum()) for views in num_views.split(num_images)]
 
@@ -498,6 +509,8 @@ class VlmSliceForConditionalGeneration(VlmSlicePreTrainedModel, GenerationMixin)
             pixel_values, target_sizes, canvas_boxes = (
                 repeat(x, num_views_of_sample) for x in (pixel_values, target_sizes, canvas_boxes)
             )
+            if token_boxes is not None:
+                token_boxes = repeat(token_boxes, num_views_of_sample)
             num_views = repeat(num_views, num_images)
         input_ids, model_kwargs = super()._expand_inputs_for_generation(
             expand_size, is_encoder_decoder, input_ids, **model_kwargs
@@ -508,16 +521,22 @@ class VlmSliceForConditionalGeneration(VlmSlicePreTrainedModel, GenerationMixin)
                 "target_sizes": target_sizes,
                 "canvas_boxes": canvas_boxes,
                 "num_views": num_views,
+                "token_boxes": token_boxes,
             }
         return input_ids, model_kwargs
 
-    def _placeholders_per_image(self, target_sizes: torch.Tensor, num_views: torch.Tensor) -> list[int]:
+    def _placeholders_per_image(
+        self, target_sizes: torch.Tensor, num_views: torch.Tensor, token_boxes: torch.Tensor | None
+    ) -> list[int]:
         if self.cross_attention is not None:
             return [1] * len(num_views)
-        return [int(tokens.sum()) for tokens in self.tokens_per_view(target_sizes).split(num_views.tolist())]
+        tokens_V = self.tokens_per_view(target_sizes)
+        if token_boxes is not None:
+            tokens_V = (token_boxes[:, 2:] - token_boxes[:, :2]).prod(dim=1)
+        return [int(tokens.sum()) for tokens in tokens_V.split(num_views.tolist())]
 
     def tokens_per_view(self, target_sizes: torch.Tensor) -> torch.Tensor:
-        """`int64[V]`, the visual tokens that the connector will give each view."""
+        """`int64[V]`, the visual tokens that the connector makes of each view."""
         num_queries = self.config.slicing["tokens_per_view"]
         if num_queries is not None:
             return target_sizes.new_full((len(target_sizes),), num_queries)
@@ -530,6 +549,7 @@ class VlmSliceForConditionalGeneration(VlmSlicePreTrainedModel, GenerationMixin)
         target_sizes=None,
         canvas_boxes=None,
         num_views=None,
+        token_boxes=None,
         inputs_embeds=None,
         is_first_iteration=False,
         visual_memory=None,
@@ -546,6 +566,7 @@ class VlmSliceForConditionalGeneration(VlmSlicePreTrainedModel, GenerationMixin)
                 "target_sizes": target_sizes,
                 "canvas_boxes": canvas_boxes,
                 "num_views": num_views,
+                "token_boxes": token_boxes,
             }
         else:
             model_inputs["visual_memory"] = visual_memory
@@ -606,8 +627,7 @@ def _images_per_sample(num_placeholders: list[int], tokens_per_image: list[int])
     return num_images
 
 
-def _is_overview(num_views: torch.Tensor) -> torch.Tensor:
-    """`bool[V]`: True for the first view of every image that has more than one."""
-    first = torch.zeros(int(num_views.sum()), dtype=torch.bool, device=num_views.device)
-    first[(num_views.cumsum(0) - num_views)[num_views > 1]] = True
-    return first
+def _lie_in(cells_VQ2: torch.Tensor, boxes_V4: torch.Tensor) -> torch.Tensor:
+    """`bool[V, Q]`: whether row and column are at least the first two and below the last two of a box."""
+    first_V12, end_V12 = boxes_V4[:, None, :2], boxes_V4[:, None, 2:]
+    return ((cells_VQ2 >= first_V12) & (cells_VQ2 < end_V12)).all(dim=-1)

@@ -29,8 +29,9 @@ server can price a request from the image header, and a port to another language
 
 The policies, named in `SlicingConfig.policy`, live in `vlmslice.slicing_policies`: `adaptive` is ours, a
 search over every grid; `uhd` is the rule of LLaVA-UHD (https://arxiv.org/abs/2403.11703) from which it
-descends; `minicpm` is that rule as MiniCPM-V 4.6 computes it; `internvl` and `idefics3` cut square tiles as
-the models of these names do; `uniform` squashes the image into one square.
+descends; `minicpm` is that rule as MiniCPM-V 4.6 computes it; `internvl`, `anyres` (LLaVA-NeXT) and `idefics3` cut
+square tiles as these models do; `overlap` shows fixed tiles that share some of the image, `overlap_dedup` too, but
+hands each place on once; `pad` (LLaVA-1.5) and `uniform` make one square of the image, by padding and by squashing.
 """
 
 from __future__ import annotations
@@ -43,7 +44,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from vlmslice.errors import VlmSliceError, suggestion
-from vlmslice.slicing_policies import POLICIES
+from vlmslice.slicing_policies import POLICIES, Canvas
 
 
 class SlicingError(VlmSliceError, ValueError):
@@ -144,16 +145,40 @@ class View:
     """A slice or the overview.
 
     Attributes:
-        box: `(top, left, bottom, right)` in pixels of the image.
+        box: `(top, left, bottom, right)` in pixels of the image; fractions where the image is resized before it is cut,
+            and beyond the image where it is padded.
         size: `(height, width)` in px after resizing: `patch_grid` times the patch size.
         patch_grid: Patches `(height, width)`.
         num_visual_tokens: Visual tokens that the language model receives for this view.
+        token_box: `(top, left, bottom, right)` of these among the view's blocks, if some are dropped; `None` for all.
     """
 
-    box: tuple[int, int, int, int]
+    box: tuple[float, float, float, float]
     size: tuple[int, int]
     patch_grid: tuple[int, int]
     num_visual_tokens: int
+    token_box: tuple[int, int, int, int] | None = None
+
+    def to_image(self, y: float, x: float) -> tuple[float, float]:
+        """Where a point (y, x) of this view, in px of the view, lies in px of the image.
+
+        Of a view of 224 x 224 px that shows the box (240, 0, 480, 240), the middle (112, 112) lies at (360, 120).
+        """
+        top, left, bottom, right = self.box
+        return top + y * (bottom - top) / self.size[0], left + x * (right - left) / self.size[1]
+
+    def to_view(self, y: float, x: float) -> tuple[float, float]:
+        """The inverse of `to_image`; points beyond the view have places below zero or above its size."""
+        top, left, bottom, right = self.box
+        return (y - top) * self.size[0] / (bottom - top), (x - left) * self.size[1] / (right - left)
+
+    def box_to_image(self, box: tuple[float, float, float, float]) -> tuple[float, float, float, float]:
+        """Of a box `(top, left, bottom, right)` in px of this view the box in px of the image."""
+        return (*self.to_image(*box[:2]), *self.to_image(*box[2:]))
+
+    def box_to_view(self, box: tuple[float, float, float, float]) -> tuple[float, float, float, float]:
+        """The inverse of `box_to_image`."""
+        return (*self.to_view(*box[:2]), *self.to_view(*box[2:]))
 
     def to_dict(self) -> dict[str, Any]:
         """The fields, with lists for tuples."""
@@ -162,6 +187,7 @@ class View:
             "size": list(self.size),
             "patch_grid": list(self.patch_grid),
             "num_visual_tokens": self.num_visual_tokens,
+            "token_box": self.token_box and list(self.token_box),
         }
 
 
@@ -177,6 +203,9 @@ class SlicePlan:
         slices: Row by row.
         num_visual_tokens: Sum over all views.
         reason: Why this grid, in one line for people. Not meant to be parsed.
+        canvas: The resized image that slices are cut from; `None` where each slice is cut from the image and resized by
+            itself.
+        fill: Colour of what is padded: "black", or "mean", which normalises to zero.
     """
 
     policy: str
@@ -186,6 +215,8 @@ class SlicePlan:
     slices: tuple[View, ...]
     num_visual_tokens: int
     reason: str
+    canvas: Canvas | None = None
+    fill: str = "black"
 
     @property
     def views(self) -> tuple[View, ...]:
@@ -193,34 +224,62 @@ class SlicePlan:
         return self.slices if self.overview is None else (self.overview, *self.slices)
 
     @property
+    def num_patches(self) -> int:
+        """Patches that the vision encoder sees, of all views."""
+        return sum(math.prod(view.patch_grid) for view in self.views)
+
+    @property
     def detail(self) -> float:
-        """Pixels of the slices for each pixel of the image: below 1 what was lost, above 1 what was blown up."""
+        """Pixels that show the image, for each of its pixels: below 1 what was lost, above 1 what was blown up.
+
+        Of the slices; what several of them show counts once, and padding does not count.
+        """
         height, width = self.image_size
-        return sum(math.prod(view.size) for view in self.slices) / (height * width)
+        if self.canvas is not None:
+            top, left, bottom, right = self.canvas.image_box
+            return (bottom - top) * (right - left) / (height * width)
+        shown = sum(math.prod(view.size) for view in self.slices) * (1 - self.padded)
+        return shown / (height * width)
+
+    @property
+    def padded(self) -> float:
+        """Share of the slices' pixels that lie beyond the image."""
+        height, width = self.image_size
+        total = inside = 0.0
+        for top, left, bottom, right in (view.box for view in self.slices):
+            total += (bottom - top) * (right - left)
+            inside += max(min(bottom, height) - max(top, 0), 0) * max(min(right, width) - max(left, 0), 0)
+        return max(1 - inside / total, 0.0)
 
     @property
     def distortion(self) -> float:
         """By how much the aspect ratio of the slices was changed: 1 for not at all, 2 for 1:1 to 1:2 or 2:1."""
-        (rows, cols), (height, width) = self.grid, self.image_size
         view_height, view_width = self.slices[0].size
-        ratio = (width / cols * view_height) / (height / rows * view_width)
+        if self.canvas is not None:
+            top, left, bottom, right = self.slices[0].box
+            height, width = bottom - top, right - left
+        else:
+            (tops, lefts), (rows, cols) = self._cuts(), self.grid
+            height, width = (tops[-1] - tops[0]) / rows, (lefts[-1] - lefts[0]) / cols
+        ratio = (width * view_height) / (height * view_width)
         return max(ratio, 1 / ratio)
 
     @property
     def canvas_boxes(self) -> tuple[tuple[int, int, int, int], ...]:
-        """For each view, `(top, left, bottom, right)` in patches of the canvas that the slices tile.
+        """For each view, `(top, left, bottom, right)` in patches of the canvas that the slices cover.
 
         With slices of 14 x 14 patches in a grid of (2, 3), the overview covers (0, 0, 28, 42), the first
-        slice (0, 0, 14, 14) and the last one (14, 28, 28, 42).
+        slice (0, 0, 14, 14) and the last one (14, 28, 28, 42). Those of `overlap` share patches of the canvas.
         """
         rows, cols = self.grid
         height, width = self.slices[0].patch_grid
-        boxes = [
-            (row * height, col * width, (row + 1) * height, (col + 1) * width)
-            for row in range(rows)
-            for col in range(cols)
-        ]
-        return tuple(boxes) if self.overview is None else ((0, 0, rows * height, cols * width), *boxes)
+        tops, lefts = (
+            (self.canvas.tops, self.canvas.lefts)
+            if self.canvas is not None
+            else ([row * height for row in range(rows)], [col * width for col in range(cols)])
+        )
+        boxes = [(top, left, top + height, left + width) for top in tops for left in lefts]
+        return tuple(boxes) if self.overview is None else ((0, 0, *boxes[-1][2:]), *boxes)
 
     def to_canvas(self, y: float, x: float) -> tuple[float, float]:
         """Row and column, in patches of the canvas, of a point of the image in px.
@@ -228,22 +287,40 @@ class SlicePlan:
         Where the image is cut 2 x 3 into slices of 240 x 240 px of 14 x 14 patches, the point (240, 120) lies at
         (14.0, 7.0). Points outside of the image follow its outermost slices.
         """
-        heights, widths = self._cuts()
         rows, cols = self.slices[0].patch_grid
+        if self.canvas is not None:
+            top, left, bottom, right = self.canvas.image_box
+            high, wide = self._patch_size()
+            return (
+                (top + y * (bottom - top) / self.image_size[0]) / high,
+                (left + x * (right - left) / self.image_size[1]) / wide,
+            )
+        heights, widths = self._cuts()
         return _piecewise(y, heights, rows), _piecewise(x, widths, cols)
 
     def to_image(self, row: float, col: float) -> tuple[float, float]:
         """The inverse of `to_canvas`: the point (y, x) in px."""
-        heights, widths = self._cuts()
         rows, cols = self.slices[0].patch_grid
+        if self.canvas is not None:
+            top, left, bottom, right = self.canvas.image_box
+            high, wide = self._patch_size()
+            return (
+                (row * high - top) * self.image_size[0] / (bottom - top),
+                (col * wide - left) * self.image_size[1] / (right - left),
+            )
+        heights, widths = self._cuts()
         return _piecewise_inverse(row, heights, rows), _piecewise_inverse(col, widths, cols)
 
-    def _cuts(self) -> tuple[list[int], list[int]]:
+    def _cuts(self) -> tuple[list[float], list[float]]:
         """Where the slices begin and end, in px: rows + 1 heights and cols + 1 widths."""
         rows, cols = self.grid
         tops = [self.slices[row * cols].box[0] for row in range(rows)]
         lefts = [view.box[1] for view in self.slices[:cols]]
-        return [*tops, self.image_size[0]], [*lefts, self.image_size[1]]
+        return [*tops, self.slices[-1].box[2]], [*lefts, self.slices[-1].box[3]]
+
+    def _patch_size(self) -> tuple[int, int]:
+        view = self.slices[0]
+        return view.size[0] // view.patch_grid[0], view.size[1] // view.patch_grid[1]
 
     def to_dict(self) -> dict[str, Any]:
         """The plan in dicts, lists, numbers and strings: equal to itself after a round trip through JSON."""
@@ -254,6 +331,8 @@ class SlicePlan:
             "overview": self.overview and self.overview.to_dict(),
             "slices": [view.to_dict() for view in self.slices],
             "canvas_boxes": [list(box) for box in self.canvas_boxes],
+            "image_box": self.canvas and list(self.canvas.image_box),
+            "fill": self.fill,
             "num_visual_tokens": self.num_visual_tokens,
             "reason": self.reason,
         }
@@ -292,18 +371,19 @@ def plan_slices(height: int, width: int, config: SlicingConfig | None = None) ->
         raise SlicingError(
             f"the image is {height} x {width} px (height x width); expected sides of at least 1 px"
         )
-    grid, slice_patches, overview_patches, reason = POLICIES[config.policy](height, width, config)
-
-    rows, cols = grid
-    tops = [row * height // rows for row in range(rows + 1)]
-    lefts = [col * width // cols for col in range(cols + 1)]
-    slices = tuple(
-        _view((tops[row], lefts[col], tops[row + 1], lefts[col + 1]), slice_patches, config)
-        for row in range(rows)
-        for col in range(cols)
+    layout = POLICIES[config.policy](height, width, config)
+    boxes = (
+        _even_boxes(layout.padded_box or (0, 0, height, width), layout.grid)
+        if layout.canvas is None
+        else _canvas_boxes(layout.canvas, layout.slice_patches, (height, width), config)
     )
-    overview = overview_patches and _view((0, 0, height, width), overview_patches, config)
-    num_visual_tokens = len(slices) * slices[0].num_visual_tokens
+    token_boxes = layout.token_boxes or (None,) * len(boxes)
+    slices = tuple(
+        _view(box, layout.slice_patches, config, token_box)
+        for box, token_box in zip(boxes, token_boxes, strict=True)
+    )
+    overview = layout.overview_patches and _view((0, 0, height, width), layout.overview_patches, config)
+    num_visual_tokens = sum(view.num_visual_tokens for view in slices)
     if overview:
         num_visual_tokens += overview.num_visual_tokens
     if num_visual_tokens > config.max_visual_tokens:
@@ -312,23 +392,69 @@ def plan_slices(height: int, width: int, config: SlicingConfig | None = None) ->
             f"px (height x width), but max_visual_tokens is {config.max_visual_tokens}; use policy 'adaptive', "
             "which plans within the bound, or raise max_visual_tokens"
         )
-    return SlicePlan(config.policy, (height, width), grid, overview, slices, num_visual_tokens, reason)
+    return SlicePlan(
+        config.policy,
+        (height, width),
+        layout.grid,
+        overview,
+        slices,
+        num_visual_tokens,
+        layout.reason,
+        layout.canvas,
+        layout.fill,
+    )
 
 
-def _view(box: tuple[int, int, int, int], patch_grid: tuple[int, int], config: SlicingConfig) -> View:
+def _even_boxes(
+    source: tuple[int, int, int, int], grid: tuple[int, int]
+) -> list[tuple[float, float, float, float]]:
+    """Slices of equal sides, but for a pixel, row by row."""
+    (top, left, bottom, right), (rows, cols) = source, grid
+    tops = [top + row * (bottom - top) // rows for row in range(rows + 1)]
+    lefts = [left + col * (right - left) // cols for col in range(cols + 1)]
+    return [
+        (tops[row], lefts[col], tops[row + 1], lefts[col + 1]) for row in range(rows) for col in range(cols)
+    ]
+
+
+def _canvas_boxes(
+    canvas: Canvas, slice_patches: tuple[int, int], image_size: tuple[int, int], config: SlicingConfig
+) -> list[tuple[float, float, float, float]]:
+    """What slices of a canvas show, in px of the image."""
+
+    def edges(start: int, patches: int, first: int, last: int, length: int) -> tuple[float, float]:
+        begin, end = start * config.patch_size, (start + patches) * config.patch_size
+        return (begin - first) * length / (last - first), (end - first) * length / (last - first)
+
+    (height, width), (top, left, bottom, right) = image_size, canvas.image_box
+    down = [edges(start, slice_patches[0], top, bottom, height) for start in canvas.tops]
+    along = [edges(start, slice_patches[1], left, right, width) for start in canvas.lefts]
+    return [(y[0], x[0], y[1], x[1]) for y in down for x in along]
+
+
+def _view(
+    box: tuple[float, float, float, float],
+    patch_grid: tuple[int, int],
+    config: SlicingConfig,
+    token_box: tuple[int, int, int, int] | None = None,
+) -> View:
     high, wide = patch_grid
-    num_blocks = (high // config.merge_size) * (wide // config.merge_size)
+    blocks_high, blocks_wide = high // config.merge_size, wide // config.merge_size
+    if token_box == (0, 0, blocks_high, blocks_wide):
+        token_box = None
+    if token_box is not None:
+        blocks_high, blocks_wide = token_box[2] - token_box[0], token_box[3] - token_box[1]
     size = (high * config.patch_size, wide * config.patch_size)
-    return View(box, size, patch_grid, config.tokens_per_view or num_blocks)
+    return View(box, size, patch_grid, config.tokens_per_view or blocks_high * blocks_wide, token_box)
 
 
-def _piecewise(value: float, cuts: list[int], step: int) -> float:
+def _piecewise(value: float, cuts: list[float], step: int) -> float:
     """`cuts[i]` becomes `i * step`, with straight lines between."""
     piece = min(max(bisect_right(cuts, value) - 1, 0), len(cuts) - 2)
     return (piece + (value - cuts[piece]) / (cuts[piece + 1] - cuts[piece])) * step
 
 
-def _piecewise_inverse(value: float, cuts: list[int], step: int) -> float:
+def _piecewise_inverse(value: float, cuts: list[float], step: int) -> float:
     piece = min(max(math.floor(value / step), 0), len(cuts) - 2)
     return cuts[piece] + (value / step - piece) * (cuts[piece + 1] - cuts[piece])
 

@@ -3,6 +3,9 @@
 `adaptive` is ours; the others are published rules, kept exact for comparison, and `uniform`, which does not cut. A
 policy is a function of `(height, width, config)` that returns a `Layout`; `vlmslice.slicing` defines the words and
 turns a layout into a plan. Sides of views are counted in whole *blocks*, which are `merge_size` patches a side.
+
+`adaptive` cuts the image and resizes each slice by itself, so that no pixel beyond a slice touches it. The published
+rules resize the whole image to a `Canvas` and cut that.
 """
 
 from __future__ import annotations
@@ -30,13 +33,44 @@ _AREA_GAINED_WEIGHT = 0.05
 _SEARCH_RADIUS = 3  # blocks tried on each side of the undistorted height
 
 
+class Canvas(NamedTuple):
+    """The resized image that slices are cut from.
+
+    Attributes:
+        tops: Where rows of slices begin, in patches of the canvas.
+        lefts: Where columns begin.
+        image_box: `(top, left, bottom, right)` of the resized image on the canvas, in px; around it is padding.
+    """
+
+    tops: tuple[int, ...]
+    lefts: tuple[int, ...]
+    image_box: tuple[int, int, int, int]
+
+
 class Layout(NamedTuple):
-    """What a policy decides. The grid is `(rows, cols)`, the others are patch grids `(height, width)`."""
+    """What a policy decides.
+
+    Attributes:
+        grid: `(rows, cols)`.
+        slice_patches: Patch grid `(height, width)` of a slice.
+        overview_patches: That of the overview, `None` for a single slice.
+        reason: Why, in one line for people.
+        canvas: `None` where slices are cut from the image, evenly, and each is resized by itself.
+        padded_box: The part of the plane, `(top, left, bottom, right)` in px of the image, that is cut instead of the
+            image alone; only without a canvas.
+        fill: Colour of what is padded: "black", or "mean", which normalises to zero.
+        token_boxes: For each slice `(top, left, bottom, right)` of the visual tokens, in blocks, that the language
+            model receives; `None` for all.
+    """
 
     grid: tuple[int, int]
     slice_patches: tuple[int, int]
     overview_patches: tuple[int, int] | None
     reason: str
+    canvas: Canvas | None = None
+    padded_box: tuple[int, int, int, int] | None = None
+    fill: str = "black"
+    token_boxes: tuple[tuple[int, int, int, int], ...] | None = None
 
 
 # --- adaptive ------------------------------------------------------------------------------------------------
@@ -49,7 +83,7 @@ def _plan_adaptive(height: int, width: int, config: SlicingConfig) -> Layout:
     exactly; a square one gets a square grid, whose slices are square and fit square patch grids best.
     """
     if height > width:
-        (rows, cols), (high, wide), overview, reason = _plan_adaptive(width, height, config)
+        (rows, cols), (high, wide), overview, reason, *_ = _plan_adaptive(width, height, config)
         return Layout((cols, rows), (wide, high), overview and (overview[1], overview[0]), reason)
 
     whole = _allowed_grids(config)[0]
@@ -241,7 +275,8 @@ def _plan_uhd(height: int, width: int, config: SlicingConfig) -> Layout:
 
     overview = fit(height, width, config.overview_side) if rows * cols > 1 else None
     slices = fit(height / rows, width / cols, config.scale_resolution)
-    return Layout((rows, cols), slices, overview, _window_reason(height, width, rows, cols, config))
+    reason = _window_reason(height, width, rows, cols, config)
+    return Layout((rows, cols), slices, overview, reason, _tiled_canvas((rows, cols), slices, config))
 
 
 def _plan_minicpm(height: int, width: int, config: SlicingConfig) -> Layout:
@@ -272,7 +307,8 @@ def _plan_minicpm(height: int, width: int, config: SlicingConfig) -> Layout:
         overview = fit(height, width, config.overview_side, enlarge=False)
         slice_height, slice_width = round_to(height, rows) / rows, round_to(width, cols) / cols
         slices = fit(slice_height, slice_width, config.scale_resolution, enlarge=True)
-    return Layout((rows, cols), slices, overview, _window_reason(height, width, rows, cols, config))
+    reason = _window_reason(height, width, rows, cols, config)
+    return Layout((rows, cols), slices, overview, reason, _tiled_canvas((rows, cols), slices, config))
 
 
 def _plan_internvl(height: int, width: int, config: SlicingConfig) -> Layout:
@@ -327,12 +363,211 @@ def _plan_uniform(height: int, width: int, config: SlicingConfig) -> Layout:
 
 def _square_tiles(rows: int, cols: int, reason: str, config: SlicingConfig) -> Layout:
     """Slices and overview whose sides hold as many whole blocks as theirs in the config."""
-    high, overview_high = (
-        side // config.block_size * config.merge_size
-        for side in (config.scale_resolution, config.overview_side)
+    square = _square(config.scale_resolution, config)
+    overview = _square(config.overview_side, config) if rows * cols > 1 else None
+    return Layout((rows, cols), square, overview, reason, _tiled_canvas((rows, cols), square, config))
+
+
+def _tiled_canvas(grid: tuple[int, int], slice_patches: tuple[int, int], config: SlicingConfig) -> Canvas:
+    """A canvas that the image fills and the slices tile."""
+    (rows, cols), (high, wide) = grid, slice_patches
+    return Canvas(
+        tops=tuple(row * high for row in range(rows)),
+        lefts=tuple(col * wide for col in range(cols)),
+        image_box=(0, 0, rows * high * config.patch_size, cols * wide * config.patch_size),
     )
-    overview = (overview_high, overview_high) if rows * cols > 1 else None
-    return Layout((rows, cols), (high, high), overview, reason)
+
+
+def _plan_pad(height: int, width: int, config: SlicingConfig) -> Layout:
+    """LLaVA-1.5 (https://arxiv.org/abs/2310.03744): padded to a square in the mean colour, then one view of S x S px.
+
+    Equal to transformers' `llava` with `do_pad=True`.
+    """
+    side = max(height, width)
+    above, before = (side - height) // 2, (side - width) // 2
+    box = (-above, -before, side - above, side - before)
+    square, share = _square(config.scale_resolution, config), 1 - height * width / side**2
+    reason = f"padded to one square, {share:.0%} of it empty" if share else "one square"
+    return Layout((1, 1), square, None, reason, padded_box=box, fill="mean")
+
+
+def _plan_anyres(height: int, width: int, config: SlicingConfig) -> Layout:
+    """LLaVA-NeXT (https://llava-vl.github.io/blog/2024-01-30-llava-next/).
+
+    Of a list of grids of S x S px tiles the one that keeps most pixels, then the one that wastes least. The image is
+    brought to it in proportion and padded around with black; visual tokens of the padding are dropped. The overview is
+    the image squashed to a square. The grids are the five of LLaVA-NeXT, of two to four slices; from a `max_slice_nums`
+    of 9 on those of LLaVA-OneVision (https://arxiv.org/abs/2408.03326), which are all up to as many rows, and columns,
+    as its root. Equal to transformers' `llava_next` and `llava_onevision`, which give a grid (1, 1) an overview, too,
+    and end each row of tokens with one more, which here is the spatial schema's part.
+    """
+    side = config.scale_resolution // config.block_size * config.block_size
+    rows, cols = _most_effective_grid(height, width, side, _pinpoints(config.max_slice_nums))
+    canvas_height, canvas_width = rows * side, cols * side
+    across, down = canvas_width / width, canvas_height / height
+    if across < down:
+        new_height, new_width = min(math.ceil(height * across), canvas_height), canvas_width
+    else:
+        new_height, new_width = canvas_height, min(math.ceil(width * down), canvas_width)
+    top, left = (canvas_height - new_height) // 2, (canvas_width - new_width) // 2
+    square = _square(config.scale_resolution, config)
+    canvas = _tiled_canvas((rows, cols), square, config)._replace(
+        image_box=(top, left, top + new_height, left + new_width)
+    )
+    empty = 1 - new_height * new_width / (canvas_height * canvas_width)
+    return Layout(
+        (rows, cols),
+        square,
+        _square(config.overview_side, config) if rows * cols > 1 else None,
+        f"keeps most pixels of up to {config.max_slice_nums} tiles, {empty:.0%} of them padded",
+        canvas,
+        token_boxes=None
+        if config.tokens_per_view
+        else _unpadded_tokens(height, width, rows, cols, side // config.block_size),
+    )
+
+
+def _square(side: int, config: SlicingConfig) -> tuple[int, int]:
+    """The patch grid of a square view: as many whole blocks as its side holds."""
+    high = side // config.block_size * config.merge_size
+    return high, high
+
+
+@lru_cache(maxsize=64)
+def _pinpoints(max_slice_nums: int) -> tuple[tuple[int, int], ...]:
+    """`(rows, cols)` in the order of the published lists, which decides ties."""
+    if max_slice_nums >= 9:
+        side = math.isqrt(max_slice_nums)
+        return tuple((rows, cols) for rows in range(1, side + 1) for cols in range(1, side + 1))
+    listed = ((1, 2), (2, 1), (2, 2), (3, 1), (1, 3))
+    return tuple(grid for grid in listed if math.prod(grid) <= max_slice_nums) or ((1, 1),)
+
+
+def _most_effective_grid(
+    height: int, width: int, side: int, grids: tuple[tuple[int, int], ...]
+) -> tuple[int, int]:
+    best, most, least_waste = grids[0], 0, math.inf
+    for rows, cols in grids:
+        scale = min(cols * side / width, rows * side / height)
+        effective = min(int(width * scale) * int(height * scale), width * height)
+        waste = rows * cols * side * side - effective
+        if effective > most or (effective == most and waste < least_waste):
+            best, most, least_waste = (rows, cols), effective, waste
+    return best
+
+
+def _unpadded_tokens(
+    height: int, width: int, rows: int, cols: int, blocks: int
+) -> tuple[tuple[int, int, int, int], ...]:
+    """The tokens that show the image, of slices of `blocks` x `blocks` tokens; rounded as LLaVA-NeXT does."""
+    high, wide = rows * blocks, cols * blocks
+    above = before = 0
+    if width / height > wide / high:
+        above = (high - int(round(height * (wide / width), 7))) // 2
+    else:
+        before = (wide - int(round(width * (high / height), 7))) // 2
+    kept = (above, before, high - above, wide - before)
+    return tuple(
+        _intersect(kept, (row * blocks, col * blocks, (row + 1) * blocks, (col + 1) * blocks))
+        for row in range(rows)
+        for col in range(cols)
+    )
+
+
+def _intersect(
+    kept: tuple[int, int, int, int], of_slice: tuple[int, int, int, int]
+) -> tuple[int, int, int, int]:
+    """The part of a slice's tokens that is kept, counted from its first row and column; maybe empty."""
+    top, left, bottom, right = of_slice
+    first_row, first_col = max(kept[0], top), max(kept[1], left)
+    last_row, last_col = max(min(kept[2], bottom), first_row), max(min(kept[3], right), first_col)
+    return first_row - top, first_col - left, last_row - top, last_col - left
+
+
+def _plan_overlap(height: int, width: int, config: SlicingConfig) -> Layout:
+    """Fixed tiles that overlap, as GPT-4V is suspected to see (LLaVA-UHD, section 2).
+
+    The image is reduced to fit 4 S x 4 S and then to a short side of 1.5 S, as OpenAI documents for S = 512
+    (https://platform.openai.com/docs/guides/images-vision), and is shown by as many tiles of S px as it takes to cover
+    each side. That they are spread evenly, so that they overlap wherever a side is no multiple of S, is what the paper
+    infers from miscounts. An image of 768 x 768 px has 2 x 2 tiles of 512 px, which share 256 px: its middle is seen
+    four times. A side shorter than S has tiles of its own length. With few `max_slice_nums` the long side is reduced
+    further.
+    """
+    return _overlapping_tiles(height, width, config)
+
+
+def _plan_overlap_dedup(height: int, width: int, config: SlicingConfig) -> Layout:
+    """`overlap`, but of the visual tokens that show one place, the language model receives one.
+
+    Every place goes to the slice whose middle is nearest, so a token's neighbourhood is seen as far as may be.
+    """
+    if config.tokens_per_view is not None:
+        from vlmslice.slicing import SlicingError
+
+        raise SlicingError(
+            f"policy 'overlap_dedup' with tokens_per_view {config.tokens_per_view}: expected a token for each block, "
+            "as learned queries stand for no place that could be left out; use policy 'overlap' or tokens_per_view=None"
+        )
+    layout = _overlapping_tiles(height, width, config)
+    assert layout.canvas is not None
+    down = _shares([top // config.merge_size for top in layout.canvas.tops], layout.slice_patches[0], config)
+    along = _shares(
+        [left // config.merge_size for left in layout.canvas.lefts], layout.slice_patches[1], config
+    )
+    boxes = tuple((top, left, bottom, right) for top, bottom in down for left, right in along)
+    return layout._replace(token_boxes=boxes)
+
+
+def _overlapping_tiles(height: int, width: int, config: SlicingConfig) -> Layout:
+    side, block = config.scale_resolution, config.block_size
+    blocks = side // block
+    for longest in (4, 3, 2, 1):
+        scale = min(1.0, longest * side / max(height, width), 1.5 * side / min(height, width))
+        high, wide = (
+            min(max(round(length * scale / block), 1), longest * blocks) for length in (height, width)
+        )
+        rows, cols = -(-high // blocks), -(-wide // blocks)
+        if rows * cols <= config.max_slice_nums:
+            break
+    slice_high, slice_wide = min(high, blocks), min(wide, blocks)
+    canvas = Canvas(
+        tops=_spread(high - slice_high, rows, config),
+        lefts=_spread(wide - slice_wide, cols, config),
+        image_box=(0, 0, high * block, wide * block),
+    )
+    overview = None
+    if rows * cols > 1:
+        scale = min(1.0, config.overview_side / max(height, width))
+        overview = _to_patches(
+            (max(round(height * scale / block), 1), max(round(width * scale / block), 1)), config
+        )
+    shared = rows * cols * slice_high * slice_wide / (high * wide) - 1
+    return Layout(
+        (rows, cols),
+        _to_patches((slice_high, slice_wide), config),
+        overview,
+        f"{rows * cols} tiles of up to {side} px, which show {shared:.0%} of it again",
+        canvas,
+    )
+
+
+def _spread(room: int, number: int, config: SlicingConfig) -> tuple[int, ...]:
+    """Where so many slices begin, in patches: evenly over `room` blocks, the middle one in the middle."""
+    if number == 1:
+        return (0,)
+    return tuple(
+        (2 * index * room + number - 1) // (2 * (number - 1)) * config.merge_size for index in range(number)
+    )
+
+
+def _shares(starts: list[int], patches: int, config: SlicingConfig) -> list[tuple[int, int]]:
+    """Along one side, the first block of each slice that is its own and the first that is not: neighbours go halves."""
+    blocks = patches // config.merge_size
+    cuts = [starts[0]]
+    cuts += [(start + before + blocks) // 2 for before, start in zip(starts, starts[1:], strict=False)]
+    cuts.append(starts[-1] + blocks)
+    return [(cuts[i] - start, cuts[i + 1] - start) for i, start in enumerate(starts)]
 
 
 class _WindowGrid(NamedTuple):
@@ -375,6 +610,10 @@ POLICIES: dict[str, Callable[[int, int, SlicingConfig], Layout]] = {
     "uhd": _plan_uhd,
     "minicpm": _plan_minicpm,
     "internvl": _plan_internvl,
+    "anyres": _plan_anyres,
     "idefics3": _plan_idefics3,
+    "overlap": _plan_overlap,
+    "overlap_dedup": _plan_overlap_dedup,
+    "pad": _plan_pad,
     "uniform": _plan_uniform,
 }

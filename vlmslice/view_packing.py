@@ -2,11 +2,11 @@
 
     SlicePlan  ->  views, overview first  ->  resized pixels  ->  rows of patches, normalised and zero padded
 
-Both image processors pass through here and differ only in how they resize one view.
+Both image processors pass through here and differ only in how they resize.
 """
 
-from collections.abc import Callable, Sequence
-from typing import TypedDict, TypeVar
+from collections.abc import Callable, Iterable, Sequence
+from typing import NotRequired, TypedDict, TypeVar
 
 import torch
 
@@ -28,20 +28,24 @@ class PackedViews(TypedDict):
         target_sizes: `int64[V, 2]`, the patch grid (height, width) of each view.
         canvas_boxes: `int64[V, 4]`, as in `SlicePlan.canvas_boxes`.
         num_views: `int64[N]`, the number of consecutive rows that belong to each image.
+        token_boxes: `int64[V, 4]`, (top, left, bottom, right) of the visual tokens of each view that the language model
+            receives, in blocks of `merge_size` patches; left out where it receives all.
     """
 
     pixel_values: torch.Tensor
     target_sizes: torch.Tensor
     canvas_boxes: torch.Tensor
     num_views: torch.Tensor
+    token_boxes: NotRequired[torch.Tensor]
 
 
 def pack_views(
     images: Sequence[ImageT],
     plans: Sequence[SlicePlan],
-    resize_view: Callable[[ImageT, View], torch.Tensor],
+    draw_views: Callable[[ImageT, SlicePlan], Iterable[torch.Tensor]],
     *,
     patch_size: int,
+    merge_size: int,
     gain: Sequence[float],
     offset: Sequence[float],
 ) -> PackedViews:
@@ -51,10 +55,11 @@ def pack_views(
     patch, five rows: the overview with 100 patches, then four slices with 196, all padded to T = 208.
 
     Args:
-        images: N source images, in whatever form `resize_view` takes.
+        images: N source images, in whatever form `draw_views` takes.
         plans: The plan of each image.
-        resize_view: Maps an image and one of its views to `uint8[height, width, 3]` of `view.size`.
+        draw_views: Maps an image and its plan to `uint8[height, width, 3]` of each view.
         patch_size: Side of a patch, px.
+        merge_size: Side of a block, in patches.
         gain: Per channel; a packed value is `pixel * gain + offset`.
         offset: Per channel.
     """
@@ -66,15 +71,24 @@ def pack_views(
     gain_of_patch = torch.tensor(gain).repeat(patch_size * patch_size)
     offset_of_patch = torch.tensor(offset).repeat(patch_size * patch_size)
     for image, plan in zip(images, plans, strict=True):
-        for view in plan.views:
-            patches = split_into_patches(resize_view(image, view), patch_size)
+        for pixels in draw_views(image, plan):
+            patches = split_into_patches(pixels, patch_size)
             next(rows)[: len(patches)].copy_(patches).mul_(gain_of_patch).add_(offset_of_patch)
-    return PackedViews(
+    packed = PackedViews(
         pixel_values=pixel_values,
         target_sizes=torch.tensor([view.patch_grid for view in views]),
         canvas_boxes=torch.tensor([box for plan in plans for box in plan.canvas_boxes]),
         num_views=torch.tensor([len(plan.views) for plan in plans]),
     )
+    if any(view.token_box for view in views):
+        packed["token_boxes"] = torch.tensor(
+            [view.token_box or _all_blocks(view, merge_size) for view in views]
+        )
+    return packed
+
+
+def _all_blocks(view: View, merge_size: int) -> tuple[int, int, int, int]:
+    return 0, 0, view.patch_grid[0] // merge_size, view.patch_grid[1] // merge_size
 
 
 def intermediate_size(source_size: tuple[int, int], size: tuple[int, int]) -> tuple[int, int]:

@@ -19,9 +19,10 @@ from torch import nn
 from transformers import PreTrainedConfig
 
 from vlmslice.canvas_mixer import CanvasMixer
-from vlmslice.conv_stem import ConvStem, lay_out_sheets
+from vlmslice.conv_stem import ConvStem
 from vlmslice.errors import suggestion
 from vlmslice.position_embedding import sincos_2d
+from vlmslice.sheets import lay_out_sheets
 
 _GENERIC = "naflexvit"
 
@@ -246,9 +247,7 @@ class VlmSliceVisionEncoder(nn.Module):
         )
         features_VTD = output["patches"][:, self.vit.num_prefix_tokens :]
         if self.mixer is not None:
-            if num_views is None or canvas_boxes is None:
-                num_views = torch.ones_like(target_sizes[:, 0])
-            features_VTD = self.mixer(features_VTD, sheets, num_views)
+            features_VTD = self.mixer(features_VTD, sheets)
         return features_VTD, valid_VT
 
     def _choose_attention_kernel(self, device: torch.device) -> None:

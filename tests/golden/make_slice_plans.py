@@ -18,11 +18,17 @@ HEADER = {
         "image_size": "[height, width] of the upright image in px",
         "grid": "[rows, cols] of the slices",
         "overview": "the view of the whole image, or null if the grid is [1, 1]",
-        "box": "[top, left, bottom, right] in px of the image; row i spans i*height//rows to (i+1)*height//rows",
+        "box": "[top, left, bottom, right] in px of the image; without an image_box, row i of the slices spans "
+        "i*height//rows to (i+1)*height//rows; with one, fractions, and beyond the image where it is padded",
         "size": "[height, width] in px to which the box is resized; patch_grid times patch_size",
         "patch_grid": "patches [height, width]; both are multiples of merge_size",
-        "canvas_boxes": "per view [top, left, bottom, right] in patches of the canvas that the slices tile",
-        "num_visual_tokens": "of a view: tokens_per_view, or else patches / merge_size^2; of a plan: the sum",
+        "canvas_boxes": "per view [top, left, bottom, right] in patches of the canvas that the slices cover",
+        "image_box": "[top, left, bottom, right] of the resized image on the canvas, in px of the canvas; null if "
+        "slices are cut from the image and resized each by itself",
+        "fill": "colour of what lies beyond the image",
+        "num_visual_tokens": "of a view: tokens_per_view, or else the blocks of its token_box; of a plan: the sum",
+        "token_box": "[top, left, bottom, right] of the blocks of a view, of merge_size^2 patches, whose tokens are "
+        "kept; null for all",
         "reason": "for people; a port may word it differently and should not compare it",
     },
     "arithmetic": "IEEE 754 doubles; natural logarithms; round() rounds half to even; int() truncates",
@@ -47,6 +53,9 @@ CONFIGS = {
     "adaptive, at most 64 tokens": SlicingConfig(max_visual_tokens=64),
     "minicpm": SlicingConfig("minicpm", 448, None, 14, 4, 9, max_visual_tokens=1_000_000),
     "uhd": SlicingConfig("uhd", 336, None, 14, 1, 7, max_visual_tokens=1_000_000),
+    "anyres": SlicingConfig("anyres", 336, None, 14, 1, 4, max_visual_tokens=1_000_000),
+    "overlap, each place once": SlicingConfig("overlap_dedup", 512, max_visual_tokens=1_000_000),
+    "pad": SlicingConfig("pad", 336, None, 14, 1, 1),
 }
 
 

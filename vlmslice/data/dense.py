@@ -65,7 +65,7 @@ def _cell_range(low: float, high: float, cell: float, count: int) -> slice:
 
 
 def label_cells(
-    scene: Scene, box: tuple[int, int, int, int], patch_grid: tuple[int, int]
+    scene: Scene, box: tuple[float, float, float, float], patch_grid: tuple[int, int]
 ) -> dict[str, np.ndarray]:
     """Labels of a view of `scene`.
 
@@ -112,7 +112,9 @@ def label_cells(
     return labels | {"glyph": _spell_patches(scene, box, patch_grid)}
 
 
-def _spell_patches(scene: Scene, box: tuple[int, int, int, int], patch_grid: tuple[int, int]) -> np.ndarray:
+def _spell_patches(
+    scene: Scene, box: tuple[float, float, float, float], patch_grid: tuple[int, int]
+) -> np.ndarray:
     """Labels of the first characters whose centres lie in each patch: `int64[patches, CELLS_PER_SIDE**2]`."""
     top, left, bottom, right = box
     spelt: list[list[int]] = [[] for _ in range(patch_grid[0] * patch_grid[1])]

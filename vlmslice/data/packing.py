@@ -33,7 +33,7 @@ from vlmslice.data.lengths import SampleSize, check_sizes
 from vlmslice.errors import VlmSliceError
 from vlmslice.processing import VlmSliceProcessor
 
-_OF_VIEWS = ("pixel_values", "target_sizes", "canvas_boxes", "num_views", "guide_shares")
+_OF_VIEWS = ("pixel_values", "target_sizes", "canvas_boxes", "num_views", "token_boxes", "guide_shares")
 """What stays as it is: it goes by images, which keep their order."""
 
 
@@ -227,6 +227,8 @@ class PackingCollator:
             return num_images
         image_processor = self.processor.image_processor
         of_views = (batch["target_sizes"] // image_processor.merge_size).prod(1)
+        if "token_boxes" in batch:
+            of_views = (batch["token_boxes"][:, 2:] - batch["token_boxes"][:, :2]).prod(1)
         if image_processor.tokens_per_view is not None:
             of_views = torch.full_like(of_views, image_processor.tokens_per_view)
         of_images = [views.sum() for views in of_views.split(batch["num_views"].tolist())]

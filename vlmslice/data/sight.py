@@ -23,7 +23,7 @@ class Sight(NamedTuple):
 
 
 def find_sight(plan: SlicePlan, place: Place, token_grid: Callable[[View], tuple[int, int]]) -> Sight:
-    """Where a point of the image is seen, in the slices.
+    """Where a point of the image is seen: by the first token whose block holds it; where that was dropped, beside it.
 
     Args:
         plan: of the image.
@@ -34,15 +34,22 @@ def find_sight(plan: SlicePlan, place: Place, token_grid: Callable[[View], tuple
     y, x = min(max(place[0], 0), height - 1), min(max(place[1], 0), width - 1)
     first = plan.overview.num_visual_tokens if plan.overview is not None else 0
     boxes = plan.canvas_boxes[-len(plan.slices) :]
+    found = None
     for view, (canvas_top, canvas_left, _, _) in zip(plan.slices, boxes, strict=True):
         top, left, bottom, right = view.box
-        if y < bottom and x < right:
-            down, along = (y - top) / (bottom - top), (x - left) / (right - left)
+        down, along = (y - top) / (bottom - top), (x - left) / (right - left)
+        if 0 <= down < 1 and 0 <= along < 1 and view.num_visual_tokens:
             rows, cols = token_grid(view)
+            kept = view.token_box or (0, 0, rows, cols)
+            row, col = int(down * rows), int(along * cols)
+            kept_row, kept_col = min(max(row, kept[0]), kept[2] - 1), min(max(col, kept[1]), kept[3] - 1)
             patch_rows, patch_cols = view.patch_grid
-            return Sight(
-                first + int(down * rows) * cols + int(along * cols),
+            found = Sight(
+                first + (kept_row - kept[0]) * (kept[3] - kept[1]) + kept_col - kept[1],
                 (canvas_top + int(down * patch_rows), canvas_left + int(along * patch_cols)),
             )
+            if (row, col) == (kept_row, kept_col):
+                return found
         first += view.num_visual_tokens
-    raise AssertionError(f"no slice covers {place}")
+    assert found is not None, f"no slice shows {place}"
+    return found

@@ -23,6 +23,7 @@ _INPUTS = (
     "target_sizes",
     "canvas_boxes",
     "num_views",
+    "token_boxes",
     "attention_mask",
     "position_ids",
 )
