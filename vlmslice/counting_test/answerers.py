@@ -33,7 +33,7 @@ ENDPOINT_KEY = "VLMSLICE_ENDPOINT_KEY"
 """Environment variable that holds the key of an endpoint."""
 
 _BRIEFLY = " Answer with a number only."
-_MAX_NEW_TOKENS = 128  # a row and a column for each of 30 objects, and the number
+_MAX_NEW_TOKENS = 128  # row and column of 30 objects, and the number
 _MAX_SEEN_SIDE = 1024
 _CONSTANT = "7"
 
