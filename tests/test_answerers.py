@@ -99,7 +99,7 @@ def endpoint() -> Iterator[Endpoint]:
             body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
             with lock:
                 served.bodies.append(body)
-                served.headers.append(dict(self.headers))
+                served.headers.append({name.lower(): value for name, value in self.headers.items()})
                 served.paths.append(self.path)
                 number = len(served.bodies)
             status, text = served.reply(body, number)
