@@ -42,6 +42,9 @@ SEAM_SIZES = ((512, 512), (384, 768), (768, 384), (640, 640), (540, 960), (960, 
 SHIFTS = ((0, 5), (5, 0), (8, 8), (-8, 8))
 
 FORMS = ("all", "kind", "color", "both")
+_CIRCLES = "How many circles are there?"
+# Their own mirror images on the diagonal: transposed, they are the same shapes elsewhere.
+_SYMMETRIC_KINDS = ("circle", "square", "cross", "ring")
 _GROUNDS: tuple[Color, ...] = ((255, 255, 255), (238, 234, 222), (40, 44, 52))
 # Corners of a square lie 1.27 radii from its centre.
 _REACH = 1.3
@@ -180,7 +183,7 @@ def draw_layout(
     form: str = "all",
     radius: float | None = None,
     num_others: int = 0,
-    alike: bool = False,
+    kinds: Sequence[str] = KINDS,
 ) -> Layout:
     """A layout whose shapes keep apart on every picture that is at least 224 px high and wide.
 
@@ -190,11 +193,11 @@ def draw_layout(
         form: One of `FORMS`.
         radius: Of all shapes, in shares of the short side; by default what leaves them room.
         num_others: Distractors; none with the form "all".
-        alike: All shapes to count have one kind and one colour.
+        kinds: Of `shapes.KINDS`, those to choose from; two at least.
     """
     ground = rng.choice(_GROUNDS)
     num_others = 0 if form == "all" else num_others
-    looks, kind, color = _choose_looks(rng, count, num_others, form, visible_colors(ground), alike)
+    looks, kind, color = _choose_looks(rng, count, num_others, form, visible_colors(ground), kinds)
     radius = radius or min(0.06, 0.2 / max(count + num_others, 1) ** 0.5)
     centers = _scatter(rng, [radius] * len(looks))
     items = tuple(Item(*look, *center, radius) for look, center in zip(looks, centers, strict=True))
@@ -202,17 +205,17 @@ def draw_layout(
 
 
 def _choose_looks(
-    rng: random.Random, count: int, num_others: int, form: str, colors: Sequence[str], alike: bool
+    rng: random.Random, count: int, num_others: int, form: str, colors: Sequence[str], kinds: Sequence[str]
 ) -> tuple[list[tuple[str, str]], str, str]:
     """Kind and colour of each shape, and those that the question names."""
-    kind, color = rng.choice(KINDS), rng.choice(colors)
+    kind, color = rng.choice(kinds), rng.choice(colors)
 
     def other(options: Sequence[str], taken: str) -> str:
         return rng.choice([option for option in options if option != taken])
 
     named = {"all": (False, False), "kind": (True, False), "color": (False, True), "both": (True, True)}[form]
     looks = [
-        (kind if named[0] or alike else rng.choice(KINDS), color if named[1] or alike else rng.choice(colors))
+        (kind if named[0] else rng.choice(kinds), color if named[1] else rng.choice(colors))
         for _ in range(count)
     ]
     for number in range(num_others):
@@ -220,7 +223,7 @@ def _choose_looks(
         other_kind = form == "kind" or (form == "both" and number % 2 == 1)
         looks.append(
             (
-                other(KINDS, kind) if other_kind else kind if form == "both" else rng.choice(KINDS),
+                other(kinds, kind) if other_kind else kind if form == "both" else rng.choice(kinds),
                 other(colors, color) if not other_kind else color if form == "both" else rng.choice(colors),
             )
         )
@@ -263,7 +266,8 @@ def _is_free(
 def nine_balls_pictures(sides: Sequence[int] = nine_balls.NINE_BALLS_SIZES[::2]) -> list[Picture]:
     """The picture of nine balls at these sides in px, by default at 12 of 224 to 3,600."""
     items = tuple(Item("circle", "blue", *center, nine_balls.RADIUS) for center in nine_balls.CENTERS)
-    layout = Layout(items, (255, 255, 255), nine_balls.NINE_BALLS_QUESTION, "all")
+    # Every counting model knows the word "circles"; whether it knows "balls" has nothing to do with slicing.
+    layout = Layout(items, (255, 255, 255), _CIRCLES, "all")
     return [Picture("nine-balls", f"{side:04}", str(side), layout, (side, side)) for side in sides]
 
 
@@ -327,7 +331,7 @@ def copy_pictures(
 ) -> list[Picture]:
     """`num` layouts of 3 to 9 shapes on oblongs: plain, transposed, shifted by each of `shifts` (down, right; px)."""
     pictures = []
-    for number, layout in enumerate(_few_shapes("copies", seed, num)):
+    for number, layout in enumerate(_few_shapes("copies", seed, num, kinds=_SYMMETRIC_KINDS)):
         size = (side, round(1.5 * side)) if number % 2 else (round(1.5 * side), side)
         plain = Picture("copies", f"{number:02}", "plain", layout, size)
         pictures += [plain, replace(plain, variant="transposed", transposed=True)]
@@ -345,7 +349,7 @@ def position_pictures(num_places: int = 7, side: int = 672) -> list[Picture]:
     for row, y in enumerate(steps):
         for col, x in enumerate(steps):
             items = tuple(Item("circle", "red", y + dy, x + dx, radius) for dy, dx in corners)
-            layout = Layout(items, (255, 255, 255), "How many circles are there?", "all")
+            layout = Layout(items, (255, 255, 255), _CIRCLES, "all")
             pictures.append(Picture("position", f"{row}-{col}", f"{y:.3f},{x:.3f}", layout, (side, side)))
     return pictures
 
@@ -358,13 +362,17 @@ def _vary(name: str, seed: int, num: int, sizes: Mapping[str, tuple[int, int]]) 
     ]
 
 
-def _few_shapes(name: str, seed: int, num: int, radius: float | None = None) -> list[Layout]:
+def _few_shapes(
+    name: str, seed: int, num: int, radius: float | None = None, kinds: Sequence[str] = KINDS
+) -> list[Layout]:
     layouts = []
     for number in range(num):
         rng = sample_rng(seed, name, number)
         form = FORMS[number % len(FORMS)]
         layouts.append(
-            draw_layout(rng, rng.randint(3, 9), form=form, radius=radius, num_others=rng.randint(1, 3))
+            draw_layout(
+                rng, rng.randint(3, 9), form=form, radius=radius, num_others=rng.randint(1, 3), kinds=kinds
+            )
         )
     return layouts
 
