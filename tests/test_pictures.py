@@ -232,3 +232,14 @@ def test_a_limit_keeps_whole_groups() -> None:
 def test_too_much_for_a_picture() -> None:
     with pytest.raises(PictureError, match="find no room"):
         draw_layout(random.Random(0), 40, radius=0.1)
+
+
+def test_transposed_shapes_are_the_same_shapes() -> None:
+    """A triangle on its side is another thing to recognise; copies shall differ in where things lie alone."""
+    kinds = {kind for picture in copy_pictures(num=40) for kind, _ in looks(picture)}
+    assert len(kinds) >= 3
+    for kind in kinds:
+        image = Image.new("RGB", (65, 65), "white")
+        draw_shape(image, kind, "red", (32.5, 32.5), 20, COLORS["red"])
+        drawn = np.asarray(image).astype(int)
+        assert np.abs(drawn - drawn.transpose(1, 0, 2)).max() <= 40, kind  # of 255, of a smoothed edge
