@@ -1,6 +1,6 @@
 """The published policies against their models' own processors: tokens and pixels; and overlap, which none of these has.
 
-Grids and sizes of `minicpm`, `internvl` and `idefics3` are compared in `test_slicing.py`.
+The processors are called in `policy_oracles.py`, which can also print what was tried.
 """
 
 import math
@@ -13,10 +13,21 @@ import torch
 import transformers
 from hypothesis import given
 from hypothesis import strategies as st
+from policy_oracles import (
+    EDGE_SIZES,
+    LLAVA_NEXT_GRIDS,
+    PIXEL_ORACLES,
+    PLAN_ORACLES,
+    RAW,
+    SIDE,
+    drawn_sizes,
+    our_views,
+    pinpoints,
+    settings_of,
+)
 from test_image_processing import gradient, noise, page
-from test_slicing import EDGE_SIZES, drawn_sizes
 from tiny_models import chat, noise_image, tiny_model, tiny_slicing
-from transformers import LlavaNextProcessor, LlavaOnevisionProcessor
+from transformers import LlavaNextProcessor
 
 from vlmslice.data.sight import find_sight
 from vlmslice.image_processing import VlmSliceImageProcessor
@@ -26,121 +37,37 @@ from vlmslice.sheets import find_overviews, lay_out_sheets
 from vlmslice.slicing import SlicingConfig, SlicingError, plan_slices
 from vlmslice.slicing_policies import POLICIES
 from vlmslice.tokenization import build_byte_tokenizer
-from vlmslice.view_packing import join_patches
-
-SIDE = 224
-TILES = SlicingConfig("anyres", SIDE, patch_size=14, merge_size=1, max_slice_nums=4, max_visual_tokens=10**9)
-LLAVA_NEXT_GRIDS = [(1, 2), (2, 1), (2, 2), (3, 1), (1, 3)]
-ONEVISION_GRIDS = [(rows, cols) for rows in range(1, 7) for cols in range(1, 7)]
-RAW = {"do_rescale": False, "do_normalize": False}
 
 any_policy = pytest.mark.parametrize("policy", POLICIES)
 sizes = st.tuples(st.integers(1, 3000), st.integers(1, 3000))
 
 
-def config_of(policy: str, **options) -> SlicingConfig:
-    return replace(TILES, **{"policy": policy, "merge_size": 2} | options)
+# --- transformers -------------------------------------------------------------------------------------------------
 
 
-# --- LLaVA-NeXT and LLaVA-OneVision -------------------------------------------------------------------------------
+@pytest.mark.parametrize("oracle", PLAN_ORACLES, ids=lambda oracle: oracle.name)
+def test_plans_equal_transformers(oracle):
+    for size in drawn_sizes(2500 if oracle.name != "MiniCPM-V 4.6, 16x" else 20_000):
+        assert oracle.agrees(*size), size
 
 
-def pinpoints(grids: list[tuple[int, int]], side: int) -> list[list[int]]:
-    return [[rows * side, cols * side] for rows, cols in grids]
-
-
-@pytest.mark.parametrize("side", [336, 224])
-@pytest.mark.parametrize(
-    ("processor", "grids", "max_slice_nums"),
-    [(LlavaNextProcessor, LLAVA_NEXT_GRIDS, 4), (LlavaOnevisionProcessor, ONEVISION_GRIDS, 36)],
-)
-def test_anyres_equals_transformers(processor, grids, max_slice_nums, side):
-    """Grid and number of tokens; theirs also count a newline a row of tokens, and an overview of a single slice."""
-    config = replace(TILES, scale_resolution=side, max_slice_nums=max_slice_nums)
-    per_side = side // 14
+def test_anyres_counts_tokens_as_the_processor_of_llava_next():
+    """The whole number that it writes placeholders for, but for the newlines of rows."""
     asked = SimpleNamespace(
-        image_processor=SimpleNamespace(image_grid_pinpoints=pinpoints(grids, side)),
+        image_processor=SimpleNamespace(image_grid_pinpoints=pinpoints(LLAVA_NEXT_GRIDS, 336)),
         patch_size=14,
         num_additional_image_tokens=0,
-        vision_aspect_ratio="anyres_max_1000",  # never reached: beyond it OneVision shrinks the features themselves
     )
-    asked._get_unpadded_features = lambda *args: processor._get_unpadded_features(asked, *args)
-    for height, width in drawn_sizes(2500):
+    asked._get_unpadded_features = lambda *args: LlavaNextProcessor._get_unpadded_features(asked, *args)
+    config = settings_of("anyres", scale_resolution=336, merge_size=1, max_slice_nums=4)
+    for height, width in drawn_sizes(1000):
         plan = plan_slices(height, width, config)
-        best = transformers.image_processing_utils.select_best_resolution(
-            (height, width), pinpoints(grids, side)
-        )
-        assert [rows * side for rows in plan.grid] == list(best), (height, width)
-        unpadded, newlines = processor._get_unpadded_features(
-            asked, height, width, per_side, per_side, *plan.grid
-        )
-        assert sum(view.num_visual_tokens for view in plan.slices) == unpadded, (height, width)
-        if processor is LlavaNextProcessor:
-            theirs = processor._get_number_of_features(asked, height, width, side, side)
-            assert plan.num_visual_tokens == theirs - newlines
+        _, newlines = asked._get_unpadded_features(height, width, 24, 24, *plan.grid)
+        theirs = LlavaNextProcessor._get_number_of_features(asked, height, width, 336, 336)
+        assert plan.num_visual_tokens == theirs - newlines, (height, width)
 
 
-# --- pixels -------------------------------------------------------------------------------------------------------
-
-
-def square(side: int) -> dict[str, int]:
-    return {"height": side, "width": side}
-
-
-def internvl_views(image):
-    oracle = transformers.GotOcr2ImageProcessor(
-        size=square(SIDE), crop_to_patches=True, max_patches=9, resample=3
-    )
-    *slices, overview = oracle(image, return_tensors="np", **RAW)["pixel_values"]
-    return [overview, *slices]
-
-
-def anyres_views(image):
-    oracle = transformers.LlavaNextImageProcessor(
-        size={"shortest_edge": SIDE},
-        crop_size=square(SIDE),
-        image_grid_pinpoints=pinpoints(LLAVA_NEXT_GRIDS, SIDE),
-        resample=3,
-    )
-    return oracle(image, return_tensors="np", **RAW)["pixel_values"][0]
-
-
-def pad_views(image):
-    oracle = transformers.LlavaImageProcessor(
-        size=square(SIDE), crop_size=square(SIDE), do_pad=True, resample=3, image_mean=[0.48, 0.46, 0.41]
-    )
-    return oracle(image, return_tensors="np", **RAW)["pixel_values"]
-
-
-def minicpm_views(image):
-    module = pytest.importorskip("transformers.models.minicpmv4_6.image_processing_minicpmv4_6")
-    batch = module.MiniCPMV4_6ImageProcessor(scale_resolution=SIDE)(image, resample=3, **RAW)
-    # Patches lie side by side: [3, 14, patches * 14].
-    patches = np.asarray(batch["pixel_values"]).reshape(3, 14, -1, 14)
-    views, first = [], 0
-    for height, width in np.asarray(batch["target_sizes"]).tolist():
-        of_view = patches[:, :, first : first + height * width].reshape(3, 14, height, width, 14)
-        views.append(of_view.transpose(0, 2, 1, 3, 4).reshape(3, height * 14, width * 14))
-        first += height * width
-    return views
-
-
-ORACLES = {
-    "internvl": (internvl_views, {"max_slice_nums": 9}),
-    "anyres": (anyres_views, {"max_slice_nums": 4}),
-    "pad": (pad_views, {}),
-    "minicpm": (minicpm_views, {"max_slice_nums": 9, "merge_size": 4}),
-}
-
-
-def our_views(processor_class, image, **options) -> list[np.ndarray]:
-    processor = processor_class(image_mean=[0.48, 0.46, 0.41], **options)
-    outputs = processor(image, **RAW)
-    rows = zip(outputs["pixel_values"], outputs["target_sizes"].tolist(), strict=True)
-    return [join_patches(patches, tuple(grid), 14).numpy().transpose(2, 0, 1) for patches, grid in rows]
-
-
-@pytest.mark.parametrize("policy", ORACLES)
+@pytest.mark.parametrize("policy", PIXEL_ORACLES)
 @pytest.mark.parametrize("picture", [page, gradient, noise])
 @pytest.mark.parametrize("size", [(448, 448), (37, 501), (700, 333), (480, 640), (200, 150), (9, 700)])
 def test_pixels_equal_transformers(policy, picture, size):
@@ -148,25 +75,23 @@ def test_pixels_equal_transformers(policy, picture, size):
 
     Measured over these: on average 0.4 of 255 levels at most.
     """
-    oracle, options = ORACLES[policy]
+    views, config = PIXEL_ORACLES[policy]
     image = picture(*size)
-    fields = config_of(policy, **options).to_dict()
-    theirs = oracle(image)
+    theirs = list(views(image))
     for processor_class in (VlmSliceImageProcessor, VlmSliceImageProcessorPil):
-        ours = our_views(processor_class, image, **fields)
+        ours = our_views(image, config, processor_class)
         assert [view.shape for view in ours] == [view.shape for view in theirs]
         apart = [np.abs(a - b) for a, b in zip(ours, theirs, strict=True)]
         assert max(view.mean() for view in apart) < 0.5
         assert max(view.max() for view in apart) <= 30
 
 
-def test_pixels_of_internvl_and_anyres_can_be_equal():
-    """On sizes where nobody's order of the axes matters, to the bit."""
+def test_pixels_can_be_equal_to_the_bit():
+    """On a size where the order of the axes is the same."""
     for policy in ("internvl", "anyres", "pad"):
-        oracle, options = ORACLES[policy]
+        views, config = PIXEL_ORACLES[policy]
         image = page(448, 448)
-        ours = our_views(VlmSliceImageProcessor, image, **config_of(policy, **options).to_dict())
-        for a, b in zip(ours, oracle(image), strict=True):
+        for a, b in zip(our_views(image, config), views(image), strict=True):
             np.testing.assert_array_equal(a, b)
 
 
@@ -177,7 +102,7 @@ def test_idefics3_resizes_once_where_transformers_does_twice():
     )
     image = page(3 * SIDE, 3 * SIDE)
     *theirs, _ = oracle(image, return_tensors="np", **RAW)["pixel_values"][0]
-    _, *ours = our_views(VlmSliceImageProcessor, image, **config_of("idefics3", max_slice_nums=9).to_dict())
+    _, *ours = our_views(image, settings_of("idefics3", max_slice_nums=9))
     for a, b in zip(ours, theirs, strict=True):
         np.testing.assert_array_equal(a, b)
 
@@ -186,7 +111,7 @@ def test_padding_costs_no_memory(tmp_path):
     """A square of 30,000 px would be 2.7 GB."""
     for size in ((2, 30_000), (30_000, 2)):
         for processor_class in (VlmSliceImageProcessor, VlmSliceImageProcessorPil):
-            [view] = our_views(processor_class, page(*size), **config_of("pad").to_dict())
+            [view] = our_views(page(*size), settings_of("pad"), processor_class)
             middle = view[:, 100:124, 100:124]
             assert middle.std() > 0 and view[0, 0, 0] == int(0.48 * 255)
 
@@ -244,21 +169,21 @@ def tokens_on_canvas(plan, merge_size: int) -> np.ndarray:
 @given(size=sizes, max_slice_nums=st.integers(1, 12), merge_size=st.sampled_from([1, 2, 4]))
 def test_deduplication_hands_every_place_on_once(size, max_slice_nums, merge_size):
     options = {"merge_size": merge_size, "max_slice_nums": max_slice_nums}
-    twice = plan_slices(*size, config_of("overlap", **options))
-    once = plan_slices(*size, config_of("overlap_dedup", **options))
+    twice = plan_slices(*size, settings_of("overlap", **options))
+    once = plan_slices(*size, settings_of("overlap_dedup", **options))
     assert len(twice.slices) <= max_slice_nums
     assert (tokens_on_canvas(once, merge_size) == 1).all()
     assert (tokens_on_canvas(twice, merge_size) >= 1).all()
     assert once.canvas_boxes == twice.canvas_boxes
     assert once.num_visual_tokens == sum(view.num_visual_tokens for view in once.views)
     for plan in (twice, once):
-        turned = plan_slices(*size[::-1], config_of(plan.policy, **options))
+        turned = plan_slices(*size[::-1], settings_of(plan.policy, **options))
         assert (turned.grid[::-1], turned.num_visual_tokens) == (plan.grid, plan.num_visual_tokens)
 
 
 def test_learned_queries_cannot_be_deduplicated():
     with pytest.raises(SlicingError, match="overlap_dedup.*expected a token for each block"):
-        plan_slices(500, 500, config_of("overlap_dedup", tokens_per_view=16))
+        plan_slices(500, 500, settings_of("overlap_dedup", tokens_per_view=16))
 
 
 # --- all policies -------------------------------------------------------------------------------------------------
@@ -267,7 +192,7 @@ def test_learned_queries_cannot_be_deduplicated():
 @any_policy
 @given(size=sizes, place=st.tuples(st.floats(0, 1), st.floats(0, 1)))
 def test_coordinates_of_views_canvas_and_image_agree(policy, size, place):
-    plan = plan_slices(*size, config_of(policy, max_slice_nums=9))
+    plan = plan_slices(*size, settings_of(policy, max_slice_nums=9))
     boxes = plan.canvas_boxes
     for view, (top, left, bottom, right) in zip(plan.views, boxes, strict=True):
         y, x = place[0] * view.size[0], place[1] * view.size[1]
@@ -287,7 +212,7 @@ def test_coordinates_of_views_canvas_and_image_agree(policy, size, place):
 @given(size=sizes, place=st.tuples(st.floats(0, 0.999), st.floats(0, 0.999)))
 def test_every_point_is_seen_by_a_token(policy, size, place):
     """By the block that holds it; LLaVA-NeXT rounds what it keeps, and may drop the rim: then by one beside it."""
-    config = config_of(policy, max_slice_nums=9)
+    config = settings_of(policy, max_slice_nums=9)
     plan = plan_slices(*size, config)
     point = (place[0] * size[0], place[1] * size[1])
 
@@ -315,7 +240,7 @@ def test_every_point_is_seen_by_a_token(policy, size, place):
 @any_policy
 @given(size=sizes)
 def test_sheets_hold_every_patch_once(policy, size):
-    plan = plan_slices(*size, config_of(policy, max_slice_nums=9))
+    plan = plan_slices(*size, settings_of(policy, max_slice_nums=9))
     grids = torch.tensor([view.patch_grid for view in plan.views])
     longest = int(grids.prod(dim=1).max())
     boxes, number = torch.tensor(plan.canvas_boxes), torch.tensor([len(plan.views)])

@@ -17,10 +17,9 @@ import time
 from pathlib import Path
 
 import pytest
-import transformers
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from PIL import Image
+from policy_oracles import EDGE_SIZES
 
 import vlmslice.slicing
 from vlmslice.errors import VlmSliceError
@@ -53,15 +52,6 @@ ADAPTIVE_CONFIGS = {
     "5 tokens": SlicingConfig(max_visual_tokens=5),
     "1 token": SlicingConfig(max_visual_tokens=1),
 }
-
-# Sizes at which other planners, or earlier versions of this one, went wrong.
-EDGE_SIZES = [
-    (1, 1), (1, 2), (1, 3), (2, 3), (3, 5), (20, 60), (28, 28), (40, 400), (64, 129), (73, 147),
-    (224, 224), (225, 224), (267, 267), (448, 448), (449, 448), (448, 672), (480, 640), (600, 601),
-    (1000, 1000), (2000, 2000), (2000, 2001), (2101, 2101), (2762, 2762), (3412, 3412), (4000, 4000),
-    (8000, 8000), (13000, 13000), (14000, 14000), (100, 4000), (20, 20000), (1, 20000), (2, 398847),
-    (2, 300000), (1, 400000), (400000, 400000), (399999, 400000), (200000, 400000), (199999, 400000),
-]  # fmt: skip
 
 
 # --- properties of `adaptive` -------------------------------------------------------------------------------------
@@ -385,43 +375,6 @@ def test_slices_are_distorted_less_than_by_the_published_rules(published):
 # --- published policies -------------------------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module")
-def minicpm_oracle():
-    module = pytest.importorskip("transformers.models.minicpmv4_6.image_processing_pil_minicpmv4_6")
-    return module.MiniCPMV4_6ImageProcessorPil()
-
-
-def oracle_plan(oracle, height: int, width: int, mode: str = "16x"):
-    """Grid, slice size and overview size, from the methods that the processor itself calls, in its order."""
-    grid = oracle.get_sliced_grid((height, width), 9, 448)
-    whole = oracle.find_best_resize((height, width), 448, 14, mode, allow_upscale=grid is None)
-    if grid is None:
-        return (1, 1), whole, None
-    refined = oracle.get_refine_size((height, width), grid, 448, 14, mode, allow_upscale=True)
-    return tuple(grid), (refined[0] // grid[0], refined[1] // grid[1]), whole
-
-
-@pytest.mark.parametrize(("mode", "merge_size", "num_sizes"), [("16x", 4, 20_000), ("4x", 2, 4000)])
-def test_minicpm_equals_transformers(minicpm_oracle, mode, merge_size, num_sizes):
-    rng = random.Random(46)
-    config = dataclasses.replace(MINICPM, merge_size=merge_size)
-    ordinary = [(rng.randint(1, 5000), rng.randint(1, 5000)) for _ in range(num_sizes // 2)]
-    extreme = [tuple(round(math.exp(rng.uniform(0, 12.9))) for _ in range(2)) for _ in range(num_sizes // 2)]
-    ties = [(side, factor * side) for side in range(300, 1600, 20) for factor in (1, 2, 3)]
-    for height, width in EDGE_SIZES + ordinary + extreme + ties:
-        plan = plan_slices(height, width, config)
-        ours = plan.grid, plan.slices[0].size, plan.overview and plan.overview.size
-        assert ours == oracle_plan(minicpm_oracle, height, width, mode), (height, width)
-
-
-@pytest.mark.parametrize("size", [(448, 448), (449, 448), (37, 501), (700, 333), (480, 640), (1000, 1400)])
-def test_minicpm_equals_transformers_on_pixels(minicpm_oracle, size):
-    plan = plan_slices(*size, MINICPM)
-    batch = minicpm_oracle(Image.new("RGB", size[::-1]))
-    assert batch["target_sizes"].tolist() == [list(view.patch_grid) for view in plan.views]
-    assert tuple(batch["grids"][0]) == (plan.grid if plan.overview else (0, 0))
-
-
 def tiles_of(policy: str, side: int, max_slice_nums: int) -> SlicingConfig:
     return SlicingConfig(
         policy,
@@ -431,56 +384,6 @@ def tiles_of(policy: str, side: int, max_slice_nums: int) -> SlicingConfig:
         max_slice_nums=max_slice_nums,
         max_visual_tokens=10**9,
     )
-
-
-def drawn_sizes(num_sizes: int) -> list[tuple[int, int]]:
-    rng = random.Random(8)
-    drawn = [
-        tuple(round(math.exp(rng.uniform(0, math.log(9000)))) for _ in range(2)) for _ in range(num_sizes)
-    ]
-    return [*drawn, *((side, side) for side in range(1, 60)), *EDGE_SIZES]
-
-
-@pytest.mark.parametrize(("side", "max_slice_nums"), [(448, 12), (448, 1), (364, 36), (224, 9)])
-def test_internvl_equals_transformers(side, max_slice_nums):
-    oracle = pytest.importorskip("transformers.models.got_ocr2.image_processing_got_ocr2")
-    config = tiles_of("internvl", side, max_slice_nums)
-    for height, width in drawn_sizes(2500):
-        plan = plan_slices(height, width, config)
-        cols, rows = oracle.get_optimal_tiled_canvas((height, width), (side, side), 1, max_slice_nums)
-        assert plan.grid == (rows, cols), (height, width)
-
-
-@pytest.mark.parametrize(("side", "max_slice_nums"), [(364, 16), (364, 1), (512, 17), (512, 100)])
-def test_idefics3_equals_transformers(side, max_slice_nums):
-    module = pytest.importorskip("transformers.models.idefics3.image_processing_idefics3")
-    oracle = module.Idefics3ImageProcessor(
-        size={"longest_edge": math.isqrt(max_slice_nums) * side}, max_image_size={"longest_edge": side}
-    )
-    config = tiles_of("idefics3", side, max_slice_nums)
-    for height, width in drawn_sizes(2500):
-        plan = plan_slices(height, width, config)
-        num_views, rows, cols = oracle.get_number_of_image_patches(height, width)
-        expected = (num_views, (rows, cols)) if num_views else (1, (1, 1))
-        assert (len(plan.views), plan.grid) == expected, (height, width)
-
-
-@pytest.mark.parametrize("policy", ["internvl", "idefics3"])
-@pytest.mark.parametrize("size", [(448, 448), (449, 448), (37, 501), (700, 333), (480, 640), (1000, 1400)])
-def test_square_tiles_equal_transformers_on_pixels(policy, size):
-    """Their images go through the whole processor: as many views as slices and overview, of their sizes."""
-    if policy == "internvl":
-        oracle = transformers.GotOcr2ImageProcessor(
-            size={"height": 224, "width": 224}, crop_to_patches=True, max_patches=9
-        )
-    else:
-        oracle = transformers.Idefics3ImageProcessor(
-            size={"longest_edge": 3 * 224}, max_image_size={"longest_edge": 224}
-        )
-    pixels = oracle(Image.new("RGB", size[::-1]), return_tensors="np")["pixel_values"]
-    plan = plan_slices(*size, tiles_of(policy, 224, 9))
-    assert pixels.reshape(-1, *pixels.shape[-3:]).shape == (len(plan.views), 3, 224, 224)
-    assert {view.size for view in plan.views} == {(224, 224)}
 
 
 @pytest.mark.parametrize(

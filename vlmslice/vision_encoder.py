@@ -44,6 +44,8 @@ class VlmSliceVisionConfig(PreTrainedConfig):
     `stem` is `"timm"` for the architecture's own linear patch embedding, or `"conv"` for `ConvStem`.
 
     `canvas_dilations` puts a `CanvasMixer` after the blocks, one layer for each dilation. None has no such mixer.
+
+    `join_slices=False` lets stem and mixer see each slice by itself, too, as all published encoders do.
     """
 
     model_type = "vlmslice_vision"
@@ -56,6 +58,7 @@ class VlmSliceVisionConfig(PreTrainedConfig):
     feature_layer: int | None = None
     stem: str = "timm"
     canvas_dilations: list[int] | None = None
+    join_slices: bool = True
 
     @property
     def patch_dim(self) -> int:
@@ -235,6 +238,8 @@ class VlmSliceVisionEncoder(nn.Module):
         self.vit.set_grad_checkpointing(self.gradient_checkpointing and self.training)
         pixel_values = pixel_values.to(next(self.vit.blocks.parameters()).dtype)
         sheets = []
+        if not self.config.join_slices:
+            canvas_boxes = num_views = None
         if self.stem is not None or self.mixer is not None:
             sheets = lay_out_sheets(target_sizes, num_patches, canvas_boxes, num_views)
         if self.stem is not None:
