@@ -286,6 +286,102 @@ def evaluate_command(
     _note(f"report written to {folder / 'report.html'}")
 
 
+@app.command("count-test")
+def count_test_command(
+    model: _Model = None,
+    model_kind: Annotated[
+        str,
+        typer.Option(metavar="KIND", help="`vlmslice`, or `transformers` for any image-text-to-text model."),
+    ] = "vlmslice",
+    endpoint: Annotated[
+        str | None,
+        typer.Option(
+            metavar="URL", help="Ask an OpenAI-compatible endpoint; its key is VLMSLICE_ENDPOINT_KEY."
+        ),
+    ] = None,
+    endpoint_model: Annotated[
+        str | None, typer.Option(metavar="NAME", help="Name of the model at the endpoint.")
+    ] = None,
+    timeout: Annotated[float, typer.Option(min=1, help="Seconds to wait for an endpoint.")] = 120,
+    scripted: Annotated[
+        str | None,
+        typer.Option(
+            metavar="SCRIPT",
+            help="Ask a script: perfect, double-counter, seam-misser, size-failer or constant.",
+        ),
+    ] = None,
+    policy: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="POLICY",
+            help=f"Slicing policy under test; repeatable: {', '.join(POLICIES)}.  "
+            "[default: the model's, and the nine balls under all]",
+        ),
+    ] = None,
+    arm: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="ARM",
+            help="Also ask with `no-overview`, `no-schema`, or both joined by a comma; repeatable.",
+        ),
+    ] = None,
+    max_visual_tokens: _MaxVisualTokens = None,
+    limit: Annotated[
+        int | None, typer.Option(min=1, help="Most groups of matched pictures in each set.")
+    ] = None,
+    seed: Annotated[int | None, typer.Option(help="Of the pictures.  [default: fixed]")] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option(metavar="FOLDER", help="Where everything goes.  [default: runs/count-test/MODEL]"),
+    ] = None,
+    restart: Annotated[
+        bool, typer.Option("--restart", help="Delete what an earlier run left in the folder.")
+    ] = False,
+    as_json: _Json = False,
+) -> None:
+    """Find out what slicing does to what a model counts; a report with figures, plots and findings.
+
+    - `vlmslice count-test`: the bundled model, some minutes on two cores
+    - `vlmslice count-test --policy adaptive --policy internvl --arm no-overview --limit 4`
+    - `vlmslice count-test --model FOLDER --model-kind transformers`
+    - `vlmslice count-test --endpoint http://localhost:8000/v1 --endpoint-model NAME`
+    - `vlmslice count-test --scripted double-counter`: seconds, and what a fault looks like
+
+    The folder gets `report.html`, `report.png`, `results.json`, `answers.jsonl` and `manifest.json`; `--json` prints
+    what `results.json` holds. The same command goes on after a kill. Of a model that is not ours, `--policy` tells
+    whose seams the pictures are made for.
+    """
+    from vlmslice.counting_test.command import build_test
+    from vlmslice.counting_test.run import run_with_progress
+
+    test = build_test(
+        model=model,
+        model_kind=model_kind,
+        endpoint=endpoint,
+        endpoint_model=endpoint_model,
+        timeout=timeout,
+        script=scripted,
+        policies=policy or (),
+        options=arm or (),
+        max_visual_tokens=max_visual_tokens,
+        limit=limit,
+        seed=seed,
+    )
+    folder = out or Path("runs", "count-test", test.answerer.name.replace("/", "-"))
+    results = run_with_progress(test, folder, restart)
+    if as_json:
+        _print_json(results)
+    else:
+        from vlmslice.counting_test.report import result_lines
+
+        header, rows, findings = result_lines(results)
+        _print_table(header, rows)
+        print()
+        for line in findings:
+            print(line)
+    _note(f"report written to {folder / 'report.html'}")
+
+
 @app.command(
     add_help_option=False,
     context_settings={

@@ -15,12 +15,10 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import platform
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
-from importlib import metadata
 from itertools import groupby
 from pathlib import Path
 from statistics import median
@@ -30,14 +28,21 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
-from vlmslice.errors import VlmSliceError
 from vlmslice.evaluation_report import markdown_table, write_report
 from vlmslice.inference import Answer, Assistant
 from vlmslice.metrics import TASK_METRICS, Ratio, Truth, score, summarize
-from vlmslice.model_files import find_model, find_weights, read_slicing_config
+from vlmslice.model_files import find_model, read_slicing_config
 from vlmslice.peers import Peer
+from vlmslice.run_folder import (
+    RunFolder,
+    RunFolderError,
+    describe_model,
+    describe_versions,
+    to_line,
+    write_json,
+    write_text,
+)
 from vlmslice.suites import DEFAULT_QUESTIONS, OCR_TASKS, Sample, Suite
-from vlmslice.weight_import import file_digest
 
 MAX_NEW_TOKENS = {
     "ocr-page": 4608,
@@ -61,11 +66,11 @@ _PACKAGES = (
     "transformers",
     "vlmslice",
 )
-_MANIFEST, _PREDICTIONS = "manifest.json", "predictions.jsonl"
-_OUTPUTS = (_MANIFEST, _PREDICTIONS, "results.json", "results.md", "report.html")
+_PREDICTIONS = "predictions.jsonl"
+_OUTPUTS = ("results.json", "results.md", "report.html")
 
 
-class EvaluationError(VlmSliceError, ValueError):
+class EvaluationError(RunFolderError):
     """A run cannot begin, or cannot go on with what its folder holds."""
 
 
@@ -123,31 +128,32 @@ def evaluate(
         )
     path = find_model(model)
     settings = describe_run(path, suite, options, peers)
-    rows = _open_folder(folder, settings, len(suite.ids), restart)
+    run = RunFolder(folder, _PREDICTIONS, _OUTPUTS, EvaluationError)
+    rows = run.open(settings, len(suite.ids), restart)
     timings: dict[str, float] = {}
     if len(rows) < len(suite.ids):
         loading = time.perf_counter()
         assistant = Assistant.from_pretrained(path)
         timings["load"] = time.perf_counter() - loading
         settings["machine"] |= {"device": str(assistant.model.device), "threads": torch.get_num_threads()}
-        _write_json(folder / _MANIFEST, settings)
-        with (folder / _PREDICTIONS).open("a", encoding="utf-8") as file:
+        write_json(run.manifest, settings)
+        with run.rows.open("a", encoding="utf-8") as file:
             for batch in _answer(assistant, suite, len(rows), options, peers):
-                file.writelines(_to_line(row) for row in batch)
+                file.writelines(to_line(row) for row in batch)
                 file.flush()
                 rows += batch
     else:
-        settings["machine"] = _read_json(folder / _MANIFEST)["machine"]
+        settings["machine"] = run.read_manifest()["machine"]
     summing = time.perf_counter()
     results = summarize_rows(rows, settings, [peer.name for peer in peers])
-    _write_json(folder / "results.json", results)
-    _write_text(folder / "results.md", markdown_table(results))
+    write_json(folder / "results.json", results)
+    write_text(folder / "results.md", markdown_table(results))
     timings["summarize"] = time.perf_counter() - summing
     drawing = time.perf_counter()
     write_report(folder / "report.html", results, rows, suite)
     timings["report"] = time.perf_counter() - drawing
     timings["this_sitting"] = time.perf_counter() - start
-    _write_json(folder / _MANIFEST, settings | {"seconds": _seconds(rows, timings)})
+    write_json(run.manifest, settings | {"seconds": _seconds(rows, timings)})
     return results
 
 
@@ -155,20 +161,13 @@ def describe_run(
     model: Path, suite: Suite, options: EvaluationOptions, peers: Sequence[Peer]
 ) -> dict[str, Any]:
     """The manifest of a run: all that decides its answers, and under `machine` where it began."""
-    find_weights(model)
-    files = sorted(path for path in model.iterdir() if path.is_file())
-    digests = {path.name: file_digest(path) for path in files}
     overrides: dict[str, Any] = {"policy": options.policy, "max_visual_tokens": options.max_visual_tokens}
     slicing = replace(
         read_slicing_config(model), **{name: value for name, value in overrides.items() if value is not None}
     )
     tasks = sorted(set(suite.parts.values()))
     return {
-        "model": {
-            "name": model.resolve().name,
-            "sha256": hashlib.sha256(json.dumps(digests, sort_keys=True).encode()).hexdigest(),
-            "files": digests,
-        },
+        "model": describe_model(model),
         "suite": {
             "name": suite.name,
             "sha256": suite.sha256,
@@ -186,81 +185,9 @@ def describe_run(
         },
         "slicing": slicing.to_dict(),
         "peers": {peer.name: peer.version for peer in peers},
-        "versions": {"python": platform.python_version()}
-        | {name: metadata.version(name) for name in _PACKAGES},
+        "versions": describe_versions(_PACKAGES),
         "machine": {"platform": platform.platform()},
     }
-
-
-def _open_folder(
-    folder: Path, settings: dict[str, Any], num_samples: int, restart: bool
-) -> list[dict[str, Any]]:
-    """The rows of an earlier run with these settings; none if there was no run, or it got nowhere."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise EvaluationError(
-            f"{str(folder)!r} cannot be the folder of a run: {error.strerror}; choose another with --out"
-        ) from error
-    if restart:
-        for name in _OUTPUTS:
-            (folder / name).unlink(missing_ok=True)
-    rows = _read_predictions(folder / _PREDICTIONS)
-    if not rows:
-        _write_json(folder / _MANIFEST, settings)
-        return []
-    if not (folder / _MANIFEST).exists():
-        raise EvaluationError(
-            f"{str(folder)!r} has predictions without a manifest.json to tell what made them; choose another folder "
-            "with --out, or --restart"
-        )
-    before = _read_json(folder / _MANIFEST)
-    compared = [name for name in settings if name != "machine"]
-    differences = list(_differences({k: before.get(k) for k in compared}, {k: settings[k] for k in compared}))
-    if differences:
-        raise EvaluationError(
-            f"{str(folder)!r} holds another run, which differs in {'; '.join(differences[:4])}"
-            f"{f' and {len(differences) - 4} more' if len(differences) > 4 else ''}; choose another folder with --out, "
-            "or --restart to delete that run"
-        )
-    settings["machine"] = before["machine"]
-    if len(rows) > num_samples:
-        raise EvaluationError(
-            f"{str(folder / _PREDICTIONS)!r} has {len(rows)} rows; expected at most {num_samples}; --restart to begin "
-            "anew"
-        )
-    return rows
-
-
-def _differences(before: Any, now: Any, name: str = "") -> Iterator[str]:
-    """`suite.sha256 ('ab12...', now 'cd34...')` for every leaf that differs."""
-    if isinstance(before, dict) and isinstance(now, dict):
-        for key in dict.fromkeys((*before, *now)):
-            yield from _differences(before.get(key), now.get(key), f"{name}.{key}" if name else key)
-    elif before != now:
-        yield f"{name} ({_shorten(before)}, now {_shorten(now)})"
-
-
-def _shorten(value: Any) -> str:
-    text = json.dumps(value)
-    return text if len(text) <= 40 else f'{text[:12]}..."'
-
-
-def _read_predictions(path: Path) -> list[dict[str, Any]]:
-    """The complete rows of a file; a last line that an interruption cut off is removed from it."""
-    if not path.exists():
-        return []
-    content = path.read_bytes()
-    complete = content[: content.rfind(b"\n") + 1]
-    try:
-        rows = [json.loads(line) for line in complete.splitlines()]
-    except ValueError as error:
-        raise EvaluationError(
-            f"{str(path)!r} is damaged: {error}; expected one JSON object a line; --restart to begin anew"
-        ) from error
-    if complete != content:
-        os.truncate(path, len(complete))
-    return rows
 
 
 def _answer(
@@ -405,25 +332,3 @@ def _seconds(rows: Sequence[dict[str, Any]], timings: dict[str, float]) -> dict[
         **{stage: round(value, 3) for stage, value in (timings | totals).items()},
         "median_of_a_sample": {part: round(median(values), 4) for part, values in by_part.items()},
     }
-
-
-def _to_line(fields: dict[str, Any]) -> str:
-    return json.dumps(fields, ensure_ascii=False) + "\n"
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise EvaluationError(f"{str(path)!r} is damaged: {error}; --restart to begin anew") from error
-
-
-def _write_json(path: Path, fields: dict[str, Any]) -> None:
-    _write_text(path, json.dumps(fields, indent=2, ensure_ascii=False) + "\n")
-
-
-def _write_text(path: Path, text: str) -> None:
-    """Writes a file as a whole or not at all."""
-    partial = path.with_suffix(".partial")
-    partial.write_text(text, encoding="utf-8")
-    partial.replace(path)

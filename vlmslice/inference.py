@@ -157,6 +157,7 @@ class Assistant:
         policy: str | None = None,
         max_visual_tokens: int | None = None,
         max_new_tokens: int = 256,
+        edit_inputs: Callable[[Any, list[tuple[SlicePlan, ...]]], Any] | None = None,
     ) -> list[Answer]:
         """Answers several questions at once, each about its own images, as `ask` would one by one.
 
@@ -168,6 +169,8 @@ class Assistant:
             policy: As in `ask`.
             max_visual_tokens: As in `ask`.
             max_new_tokens: As in `ask`.
+            edit_inputs: Given the model inputs of the batch and the plans of each sample's images, returns the inputs
+                that the model gets instead, as experiments do; see `counting_test.arms`.
 
         Returns:
             One answer for each sample, in order. Their `seconds` are equal shares of the batch's.
@@ -178,6 +181,8 @@ class Assistant:
         """
         start = time.perf_counter()
         plans, inputs = self._encode(samples, policy, max_visual_tokens)
+        if edit_inputs is not None:
+            inputs = edit_inputs(inputs, plans)
         processed = time.perf_counter()
         clock = _FirstTokenClock()
         output = self.model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False, streamer=clock)

@@ -24,7 +24,7 @@ from typing import Any, Protocol
 from PIL import Image
 
 from vlmslice.data.fonts import FontLibrary
-from vlmslice.data.nine_balls import draw_nine_balls
+from vlmslice.data.nine_balls import NINE_BALLS_QUESTION, NINE_BALLS_SIZES, draw_nine_balls
 from vlmslice.data.real_data import image_splits
 from vlmslice.data.samples import READ_QUESTIONS
 from vlmslice.data.tasks import Curriculum, TaskConfig, TaskDataset
@@ -59,10 +59,6 @@ SYNTHETIC_CONFIGS = dict.fromkeys(SYNTHETIC_TASKS, SYNTHETIC_CONFIG) | {
     "plot": replace(SYNTHETIC_CONFIG, max_answer=40),
 }
 SYNTHETIC_SIZE = 300
-
-NINE_BALLS_QUESTION = "How many balls are there?"
-NINE_BALLS_SIZES = tuple(round(224 * (4096 / 224) ** (i / 23)) for i in range(24))
-"""Sides of the pictures of nine balls, px."""
 
 _BLOOD_CELLS = {
     "How many red blood cells are in the image?": "count-red-blood-cells",
