@@ -16,11 +16,11 @@ from vlmslice.demonstration import (
     PictureOption,
     SeedOption,
     check_picture,
+    hand_over,
     load_assistant,
     open_exhibit,
     render_exhibit,
     run_demo,
-    save_picture,
 )
 from vlmslice.marking import Marked, mark_table
 
@@ -56,7 +56,7 @@ def main(
     answer, marked, drawn = show(load_assistant(model), exhibit)
     print(answer)
     print(marked.summary)
-    save_picture(drawn, picture)
+    hand_over(drawn, picture)
 
 
 if __name__ == "__main__":

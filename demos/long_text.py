@@ -17,10 +17,10 @@ from vlmslice.demonstration import (
     PictureOption,
     SeedOption,
     check_picture,
+    hand_over,
     load_assistant,
     render_text,
     run_demo,
-    save_picture,
 )
 from vlmslice.marking import Marked, mark_text
 
@@ -76,7 +76,7 @@ def main(
         print(f"  {marked.summary}")
     num_text_tokens = len(assistant.processor.tokenizer("\n".join(lines)).input_ids)
     print(f"{num_visual_tokens} visual tokens for {num_text_tokens} tokens of text")
-    save_picture(drawn, picture)
+    hand_over(drawn, picture)
 
 
 if __name__ == "__main__":

@@ -8,8 +8,8 @@ from typing import Annotated, Any
 
 import typer
 
-from vlmslice.cli import _read_size
-from vlmslice.demonstration import DemonstrationError, ModelOption, check_picture, run_demo, save_picture
+from vlmslice.command_line import read_size
+from vlmslice.demonstration import DemonstrationError, ModelOption, check_picture, hand_over, run_demo
 from vlmslice.errors import VlmSliceError
 from vlmslice.image_loading import ImageError, load_image
 from vlmslice.model_files import read_slicing_config
@@ -44,13 +44,13 @@ def main(
     if max_visual_tokens is not None:
         fields["max_visual_tokens"] = max_visual_tokens
     config = SlicingConfig.from_dict(fields)
-    height, width = _read_size(source)
+    height, width = read_size(source)
     if picture is None:
         build_page(config, height, width).launch(server_port=port)
         return
     check_picture(picture)
     image = load_image(source) if Path(source).is_file() else None
-    save_picture(draw_policy_sheet(height, width, config, image), picture)
+    hand_over(draw_policy_sheet(height, width, config, image), picture)
 
 
 def build_page(config: SlicingConfig, height: int, width: int) -> Any:
@@ -72,7 +72,7 @@ def build_page(config: SlicingConfig, height: int, width: int) -> Any:
 
     def take_size(path: str | None, high: int, wide: int) -> list[Any]:
         try:
-            size = _read_size(path) if path else (int(high), int(wide))
+            size = read_size(path) if path else (int(high), int(wide))
         except ImageError as error:
             raise gradio.Error(str(error)) from error
         return [gradio.Slider(value=side, maximum=max(side, LONGEST)) for side in size]

@@ -9,7 +9,7 @@ from PIL import Image
 from vlmslice import Assistant
 from vlmslice.attention_drawing import draw_attention, draw_frames
 from vlmslice.attention_map import AttentionMap, attend
-from vlmslice.demonstration import ModelOption, check_picture, load_assistant, run_demo, save_picture
+from vlmslice.demonstration import ModelOption, check_picture, hand_over, load_assistant, run_demo
 from vlmslice.image_loading import load_image
 
 RECEIPT_LINE = Path(__file__).parent / "images" / "receipt_line.png"
@@ -54,9 +54,9 @@ def main(
             f"({(top + bottom) / 2:.0f}, {(left + right) / 2:.0f}) (y, x)"
         )
     if picture.suffix.lower() in (".gif", ".webp"):
-        save_picture(draw_frames(loaded, attention, by), picture)
+        hand_over(draw_frames(loaded, attention, by), picture)
     else:
-        save_picture(drawn, picture)
+        hand_over(drawn, picture)
 
 
 if __name__ == "__main__":

@@ -84,5 +84,5 @@ def test_place_of_the_picture_is_checked(tmp_path: Path) -> None:
 
 def test_frames_become_an_animation(tmp_path: Path) -> None:
     frames = [Image.new("RGB", (30, 20), color) for color in ("red", "green", "blue")]
-    demonstration.save_picture(frames, tmp_path / "frames.gif")
+    demonstration.hand_over(frames, tmp_path / "frames.gif")
     assert Image.open(tmp_path / "frames.gif").n_frames == 3

@@ -6,7 +6,6 @@ code 2. What needs torch is imported inside the commands that need it.
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import sys
@@ -18,15 +17,23 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 import typer
 
 from vlmslice import __version__
-from vlmslice.errors import VlmSliceError, suggestion
+from vlmslice.command_line import (
+    UserError,
+    picture_paths,
+    print_json,
+    print_note,
+    print_table,
+    read_size,
+    run_application,
+    save_picture,
+)
+from vlmslice.data.commands import data_app
 from vlmslice.slicing import SlicePlan, SlicingConfig, SlicingError, plan_slices
 from vlmslice.slicing_policies import POLICIES
 
 if TYPE_CHECKING:
     from PIL import Image
 
-    from vlmslice.data.fonts import FontLibrary
-    from vlmslice.data.samples import TaskConfig
     from vlmslice.inference import Answer
 
 _EPILOG = "Sizes are given as width x height, as in 1920x1080; boxes, grids and JSON are height first."
@@ -40,9 +47,6 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
-data_app = typer.Typer(
-    name="data", rich_markup_mode="markdown", context_settings={"help_option_names": ["-h", "--help"]}
-)
 app.add_typer(data_app)
 
 _Policy = Annotated[
@@ -115,9 +119,9 @@ def ask(
     from vlmslice.image_loading import load_image
 
     if images.count("-") > 1:
-        raise _UserError("- stands for standard input and can be given once; save the other image to a file")
+        raise UserError("- stands for standard input and can be given once; save the other image to a file")
     pictures = [load_image(sys.stdin.buffer if image == "-" else image) for image in images]
-    outputs = _picture_paths(show_slices, len(pictures)) if show_slices else []
+    outputs = picture_paths(show_slices, len(pictures)) if show_slices else []
 
     from transformers.utils.logging import disable_progress_bar
 
@@ -136,7 +140,7 @@ def ask(
     )
     seconds = {"load": loaded - start, **answer.seconds}
     if as_json:
-        _print_json(
+        print_json(
             {
                 **answer.to_dict(),
                 "model": assistant.model.name_or_path,
@@ -145,10 +149,10 @@ def ask(
         )
     else:
         print(flush=True)
-        _note(_summarize(answer, seconds))
+        print_note(_summarize(answer, seconds))
     for path, picture, plan in zip(outputs, pictures, answer.plans, strict=False):
         _draw(picture, plan, path, answer.points)
-        _note(f"slices drawn to {path}")
+        print_note(f"slices drawn to {path}")
 
 
 @app.command()
@@ -179,7 +183,7 @@ def plan(
     """
     from vlmslice.model_files import read_slicing_config
 
-    height, width = _read_size(source)
+    height, width = read_size(source)
     fields = read_slicing_config(model).to_dict()
     fields |= {
         name: value
@@ -188,12 +192,12 @@ def plan(
     }
     if all_policies:
         if policy is not None:
-            raise _UserError(f"got --policy {policy} and --all; leave one of them out")
+            raise UserError(f"got --policy {policy} and --all; leave one of them out")
         _compare_policies(height, width, fields, as_json)
         return
     result = plan_slices(height, width, SlicingConfig.from_dict(fields))
     if as_json:
-        _print_json(result.to_dict())
+        print_json(result.to_dict())
     else:
         print(_describe_plan(result))
 
@@ -215,7 +219,7 @@ def demo(
     """
     from vlmslice.page.server import serve_page
 
-    serve_page(model, host, port, browser, note=_note, announce=lambda line: print(line, flush=True))
+    serve_page(model, host, port, browser, note=print_note, announce=lambda line: print(line, flush=True))
 
 
 @app.command("eval")
@@ -280,10 +284,10 @@ def evaluate_command(
     options = EvaluationOptions(policy, max_visual_tokens, max_new_tokens, batch_size)
     results = evaluate(model, opened, folder, options=options, peers=peers, restart=restart)
     if as_json:
-        _print_json(results)
+        print_json(results)
     else:
         _print_results(results)
-    _note(f"report written to {folder / 'report.html'}")
+    print_note(f"report written to {folder / 'report.html'}")
 
 
 @app.command("count-test")
@@ -370,16 +374,16 @@ def count_test_command(
     folder = out or Path("runs", "count-test", test.answerer.name.replace("/", "-"))
     results = run_with_progress(test, folder, restart)
     if as_json:
-        _print_json(results)
+        print_json(results)
     else:
         from vlmslice.counting_test.report import result_lines
 
         header, rows, findings = result_lines(results)
-        _print_table(header, rows)
+        print_table(header, rows)
         print()
         for line in findings:
             print(line)
-    _note(f"report written to {folder / 'report.html'}")
+    print_note(f"report written to {folder / 'report.html'}")
 
 
 @app.command(
@@ -397,7 +401,7 @@ def compose(context: typer.Context) -> None:
     # Its options are declared beside the function, behind an import of torch, so the arguments are handed on whole.
     inner = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode="markdown")
     inner.command(context_settings={"help_option_names": ["-h", "--help"]})(compose_command)
-    _run(inner, context.args or ["--help"], "vlmslice compose")
+    run_application(inner, context.args or ["--help"], "vlmslice compose")
 
 
 _Output = Annotated[Path, typer.Option("-o", "--output", metavar="OUT", help="New folder for the model.")]
@@ -431,7 +435,7 @@ def prune_command(
 
     disable_progress_bar()
     groups, measured = prune_folder(model, output, layers, samples, check)
-    _print_table(
+    print_table(
         ("layers", "influence", ""),
         [
             (" ".join(map(str, group)), f"{value:.3f}", "removed" if is_removed else "")
@@ -439,8 +443,8 @@ def prune_command(
         ],
     )
     print()
-    _print_table(("", "before", "after"), comparison_rows(*measured))
-    _note(f"model saved to {output}")
+    print_table(("", "before", "after"), comparison_rows(*measured))
+    print_note(f"model saved to {output}")
 
 
 @app.command("quantise")
@@ -468,8 +472,8 @@ def quantise_command(
 
     disable_progress_bar()
     measured = quantise_folder(model, output, part, check)
-    _print_table(("", "before", "after"), comparison_rows(*measured))
-    _note(f"model saved to {output}")
+    print_table(("", "before", "after"), comparison_rows(*measured))
+    print_note(f"model saved to {output}")
 
 
 @app.command()
@@ -486,7 +490,7 @@ def doctor(
 
     report = examine(model)
     if as_json:
-        _print_json(report.to_dict())
+        print_json(report.to_dict())
     else:
         print(report.describe())
     if report.problems:
@@ -511,156 +515,9 @@ def runs(
 
     records = find_runs(folder)
     if as_json:
-        _print_json({"stages": [record.to_dict() for record in records]})
+        print_json({"stages": [record.to_dict() for record in records]})
     else:
-        _print_table(*run_lines(records, datetime.now().astimezone()))
-
-
-@data_app.callback(invoke_without_command=True)
-def _data(context: typer.Context) -> None:
-    """Look at rendered training samples, and measure what they cost.
-
-    - `vlmslice data preview --task receipt --task plot -o sheet.png`
-    - `vlmslice data speed`
-    """
-    if context.invoked_subcommand is None:
-        print(context.get_help())
-
-
-_Split = Annotated[str, typer.Option(help="Fonts, words and chart styles: train or eval.")]
-_Megapixels = Annotated[
-    tuple[float, float], typer.Option(metavar="LOW HIGH", help="Smallest and largest area of a picture.")
-]
-_TaskNames = Annotated[
-    list[str] | None, typer.Option("--task", metavar="NAME", help="Task; may be repeated.  [default: all]")
-]
-
-
-@data_app.command()
-def preview(
-    output: Annotated[
-        Path, typer.Option("-o", "--output", metavar="SHEET.png", help="Where the sheet goes.")
-    ],
-    task: _TaskNames = None,
-    num: Annotated[int, typer.Option(min=1, help="Samples of each task.")] = 4,
-    seed: Annotated[int, typer.Option(help="Sample i of a seed is always the same.")] = 0,
-    boxes: Annotated[bool, typer.Option("--boxes", help="Draw the dense truth over the pictures.")] = False,
-    tile: Annotated[int, typer.Option(min=64, help="Largest side of a picture on the sheet, px.")] = 320,
-    megapixels: _Megapixels = (0.06, 0.4),
-    max_count: Annotated[int, typer.Option(min=1, help="Most things to count.")] = 20,
-    split: _Split = "train",
-) -> None:
-    """Draw a contact sheet of samples with question and answer.
-
-    - `vlmslice data preview --task receipt --task plot -o sheet.png`
-    - `vlmslice data preview -o sheet.png --num 2 --boxes --split eval`
-    """
-    from vlmslice.data.preview import contact_sheet, draw_samples
-    from vlmslice.data.tasks import TASKS
-
-    [path] = _picture_paths(output, 1)
-    config, fonts = _data_config(split, megapixels, max_count)
-    streams = [draw_samples(name, num, config, fonts, seed) for name in task or TASKS]
-    samples = [sample for stream in streams for sample in stream]
-    _save(contact_sheet(samples, columns=min(4, len(samples)), tile=tile, boxes=boxes), path)
-    _note(f"{len(samples)} samples drawn to {path}")
-
-
-@data_app.command()
-def speed(
-    task: _TaskNames = None,
-    num: Annotated[int, typer.Option(min=1, help="Samples of each task.")] = 40,
-    megapixels: _Megapixels = (0.06, 0.4),
-    max_count: Annotated[int, typer.Option(min=1, help="Most things to count.")] = 20,
-    split: _Split = "train",
-) -> None:
-    """Measure samples per second of each task on one core, in CPU time, once the fonts are loaded."""
-    from vlmslice.data.preview import check_tasks, measure_speed
-    from vlmslice.data.tasks import TASKS
-
-    names = task or list(TASKS)
-    check_tasks(names)
-    config, fonts = _data_config(split, megapixels, max_count)
-    print(f"{'task':<12}{'samples/s':>10}{'ms/sample':>11}{'megapixels':>12}")
-    for name in names:
-        rate, area = measure_speed(name, config, fonts, num)
-        print(f"{name:<12}{rate:>10.0f}{1000 / rate:>11.1f}{area:>12.2f}", flush=True)
-
-
-@data_app.command()
-def overlap(
-    data_root: Annotated[Path, typer.Option(metavar="FOLDER", help="Folder of the real sets.")],
-    alike: Annotated[
-        float, typer.Option(min=0, max=1, help="Likeness from which a pair is listed; 1 is a copy.")
-    ] = 0.97,
-) -> None:
-    """Look for images of the suite `dev` among those that may train; exit code 1 if there are any.
-
-    - `vlmslice data overlap --data-root DATA`
-    """
-    from vlmslice.data.overlap import find_overlap
-
-    found = find_overlap(data_root)
-    print(f"{found.num_evaluated} images are evaluated on, {found.num_trained} may train")
-    print(f"the same path or file on both sides: {len(found.same_files)}")
-    for image in found.same_files:
-        print(f"  {image}")
-    pairs = [pair for pair in found.pairs if pair[2] >= alike]
-    print(f"alike by {alike:g} or more: {len(pairs)}")
-    for evaluated, trained, likeness in pairs:
-        print(f"  {likeness:.3f}  {evaluated}  {trained}")
-    if found.same_files:
-        raise typer.Exit(1)
-
-
-def _data_config(
-    split: str, megapixels: tuple[float, float], max_count: int
-) -> tuple[TaskConfig, FontLibrary]:
-    """Difficulty and fonts as the options of `data` have them."""
-    from vlmslice.data.fonts import FontLibrary
-    from vlmslice.data.samples import TaskConfig
-
-    if split not in ("train", "eval"):
-        raise _UserError(
-            f"--split is {split!r}{suggestion(split, ('train', 'eval'))}; expected train or eval"
-        )
-    if not 0 < megapixels[0] <= megapixels[1]:
-        raise _UserError(
-            f"--megapixels is {megapixels[0]} {megapixels[1]}; expected 0 < LOW <= HIGH, as in 0.06 0.4"
-        )
-    try:
-        fonts = FontLibrary(split)
-    except FileNotFoundError as error:
-        raise _UserError(str(error)) from error
-    return TaskConfig(megapixels=megapixels, max_count=max_count, split=split), fonts
-
-
-class _UserError(VlmSliceError):
-    """The arguments cannot be followed."""
-
-
-def _read_size(source: str) -> tuple[int, int]:
-    """(height, width) of `WIDTHxHEIGHT` or of an image file."""
-    size = re.fullmatch(r"(\d+) ?[xX×] ?(\d+)", source)
-    if size:
-        return int(size[2]), int(size[1])
-    from vlmslice.image_loading import read_image_size
-
-    return read_image_size(sys.stdin.buffer if source == "-" else source)
-
-
-def _picture_paths(path: Path, num_images: int) -> list[Path]:
-    """Where the slice pictures go; raises before the model is asked if they cannot go there."""
-    from PIL import Image
-
-    Image.init()
-    if Image.EXTENSION.get(path.suffix.lower()) not in Image.SAVE:
-        raise _UserError(f"cannot write a picture to {str(path)!r}; expected a name such as slices.png")
-    if not path.parent.is_dir():
-        raise _UserError(f"there is no folder {str(path.parent)!r} to write {path.name!r} to; make it first")
-    if num_images == 1:
-        return [path]
-    return [path.with_stem(f"{path.stem}-{number}") for number in range(1, num_images + 1)]
+        print_table(*run_lines(records, datetime.now().astimezone()))
 
 
 def _draw(
@@ -668,16 +525,7 @@ def _draw(
 ) -> None:
     from vlmslice.drawing import draw_plan
 
-    _save(draw_plan(picture, plan, points), path)
-
-
-def _save(picture: Image.Image, path: Path) -> None:
-    try:
-        picture.save(path)
-    except OSError as error:
-        raise _UserError(
-            f"cannot write {str(path)!r}: {error.strerror or error}; choose another place"
-        ) from error
+    save_picture(draw_plan(picture, plan, points), path)
 
 
 def _describe_plan(plan: SlicePlan) -> str:
@@ -709,7 +557,7 @@ def _compare_policies(height: int, width: int, fields: dict[str, Any], as_json: 
         except SlicingError as error:
             errors[policy] = str(error)
     if as_json:
-        _print_json({"plans": {name: plan.to_dict() for name, plan in plans.items()}, "errors": errors})
+        print_json({"plans": {name: plan.to_dict() for name, plan in plans.items()}, "errors": errors})
         return
     print(f"{width} x {height} px (width x height)")
     header = (
@@ -745,9 +593,9 @@ def _compare_policies(height: int, width: int, fields: dict[str, Any], as_json: 
                 f"{plan.distortion:.2f}",
             )
         )
-    _print_table(header, rows)
+    print_table(header, rows)
     for policy, message in errors.items():
-        _note(f"{policy}: {message}")
+        print_note(f"{policy}: {message}")
 
 
 def _summarize(answer: Answer, seconds: dict[str, float]) -> str:
@@ -765,21 +613,7 @@ def _print_results(results: dict[str, Any]) -> None:
     for name, num_samples, *rest in lines:
         rows.append([*((name, num_samples) if name != before else ("", "")), *rest])
         before = name
-    _print_table(header, rows)
-
-
-def _print_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    from rich.console import Console
-    from rich.table import Table
-
-    table = Table(*header, box=None, pad_edge=False)
-    for row in rows:
-        table.add_row(*row)
-    # Into a file or a pipe, nothing is folded.
-    console = Console(width=None if sys.stdout.isatty() else 10_000, markup=False, highlight=False)
-    with console.capture() as drawn:
-        console.print(table)
-    print("\n".join(line.rstrip() for line in drawn.get().splitlines()))
+    print_table(header, rows)
 
 
 def _print_piece(text: str) -> None:
@@ -787,32 +621,8 @@ def _print_piece(text: str) -> None:
     print(re.sub(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]", "\N{REPLACEMENT CHARACTER}", text), end="", flush=True)
 
 
-def _print_json(fields: dict[str, Any]) -> None:
-    print(json.dumps(fields, indent=2, ensure_ascii=False))
-
-
-def _note(line: str) -> None:
-    from rich.console import Console
-
-    Console(stderr=True).print(line, style="dim", markup=False, highlight=False, soft_wrap=True)
-
-
 def run(arguments: list[str]) -> NoReturn:
     """Runs `vlmslice` with these arguments and leaves the process with its exit code."""
     # Threads that spin while they wait slow everything else on the machine; read when torch is imported.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    _run(app, arguments or ["--help"], "vlmslice")
-
-
-def _run(application: typer.Typer, arguments: list[str], name: str) -> NoReturn:
-    """Runs an application and leaves with its exit code; errors of the user become one line."""
-    try:
-        code = application(args=arguments, prog_name=name, standalone_mode=False)
-    except (VlmSliceError, typer.TyperException) as error:
-        message = error.format_message() if isinstance(error, typer.TyperException) else str(error)
-        print(f"error: {' '.join(message.split())}", file=sys.stderr)
-        code = 2
-    except BrokenPipeError:  # the reader of the output has left, as `head` does
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        code = 1
-    sys.exit(code or 0)
+    run_application(app, arguments or ["--help"], "vlmslice")

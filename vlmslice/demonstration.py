@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, NoReturn
 
 import typer
 
-from vlmslice.cli import _picture_paths, _run, _save
+from vlmslice.command_line import picture_paths, run_application, save_picture
 from vlmslice.errors import VlmSliceError
 
 if TYPE_CHECKING:
@@ -206,17 +206,17 @@ def load_assistant(model: str | None) -> Assistant:
 def check_picture(path: Path) -> Path:
     """`path`, in a folder that exists from now on; raises before the model is asked if no picture can go there."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    [path] = _picture_paths(path, 1)
+    [path] = picture_paths(path, 1)
     return path
 
 
-def save_picture(picture: Image.Image | list[Image.Image], path: Path) -> None:
+def hand_over(picture: Image.Image | list[Image.Image], path: Path) -> None:
     """Writes a picture, or several as an animation, and tells where it is."""
     if isinstance(picture, list):
         first, *others = picture
         first.save(path, save_all=True, append_images=others, duration=_FRAME_MS, loop=0)
     else:
-        _save(picture, path)
+        save_picture(picture, path)
     print(f"picture written to {path}", file=sys.stderr)
 
 
@@ -245,4 +245,4 @@ def run_demo(command: Callable[..., None]) -> NoReturn:
         add_completion=False, pretty_exceptions_enable=False, rich_markup_mode="markdown"
     )
     application.command(context_settings={"help_option_names": ["-h", "--help"]})(command)
-    _run(application, sys.argv[1:], f"python {sys.argv[0]}")
+    run_application(application, sys.argv[1:], f"python {sys.argv[0]}")
