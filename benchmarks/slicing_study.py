@@ -65,8 +65,8 @@ ARMS = {
     "overlap_dedup": SlicingConfig("overlap_dedup", 64, None, PATCH, 1, 4, max_visual_tokens=81),
     "pad": SlicingConfig("pad", 144, None, PATCH, 1, 1, max_visual_tokens=81),
 }
-COUNT, READ = "How many shapes are there?", "What number is it?"
-MOST = 9
+COUNT, READ = "How many shapes are there?", "Which digit is it?"
+MOST = 12
 TRAINED_SIDES = ((40, 64), (112, 160))
 """Shorter sides, px, of the pictures of counts: one tile, or 2 x 2 that share a third. Others are never trained on."""
 BATCH = 16
@@ -85,13 +85,13 @@ def draw_count(rng: random.Random, height: int, width: int, count: int) -> TaskS
     return TaskSample("count", Scene(image, shapes=shapes), COUNT, str(len(shapes)))
 
 
-def draw_number(rng: random.Random, height: int, width: int, font_px: float) -> TaskSample:
-    """Three digits anywhere on a light ground."""
+def draw_digit(rng: random.Random, height: int, width: int, font_px: float) -> TaskSample:
+    """A digit anywhere on a light ground."""
     ground = rng.randint(215, 255)
     image = Image.new("RGB", (width, height), (ground, ground, ground))
     path = matplotlib_font_dir() / rng.choice(["DejaVuSans.ttf", "DejaVuSans-Bold.ttf", "DejaVuSerif.ttf"])
     font = ImageFont.truetype(str(path), font_px)
-    text = str(rng.randint(100, 999))
+    text = str(rng.randint(0, 9))
     scene = Scene(image)
     room = width - font.getlength(text) - 4, height - 1.2 * font_px - 2
     Pen(scene, (rng.randint(0, 60),) * 3).write(
@@ -101,13 +101,13 @@ def draw_number(rng: random.Random, height: int, width: int, font_px: float) -> 
 
 
 def draw_training(seed: int, index: int) -> TaskSample:
-    """Counts and numbers by turns; numbers on shapes from 1:1 to 1:8 and 8:1."""
+    """Counts and digits by turns; digits on images from 1:1 to 1:8 and 8:1."""
     rng = random.Random(f"study {seed} {index}")
     if index % 2:
         aspect = 2 ** rng.uniform(0, 3)
         height = rng.uniform(34, 96) / max(1, math.log2(aspect)) ** 0.5
         return turned(
-            rng, lambda rng, h, w: draw_number(rng, h, w, rng.uniform(13, 22)), height, height * aspect
+            rng, lambda rng, h, w: draw_digit(rng, h, w, rng.uniform(13, 22)), height, height * aspect
         )
     side = rng.uniform(*rng.choice(TRAINED_SIDES))
     return turned(
@@ -222,7 +222,7 @@ def eye(out: Path = Path("runs/slicing-study"), steps: int = 1500) -> None:
                 scale = rng.uniform(0.8, 1.4)
                 sides = round(rows * PATCH * scale), round(cols * PATCH * scale)
                 sample = (
-                    draw_number(rng, *sides, rng.uniform(12, 24) * scale)
+                    draw_digit(rng, *sides, rng.uniform(12, 24) * scale)
                     if index % 2
                     else draw_count(rng, *sides, rng.randint(1, MOST))
                 )
@@ -301,10 +301,10 @@ def test_sets(per_set: int) -> dict[str, list[TaskSample]]:
             place_shapes(rng, 144, 1 + k % 4, shared) for k in range(2 * per_set)
         ]
     for aspect in ASPECTS:
-        rng = random.Random(f"number {aspect}")
+        rng = random.Random(f"digit {aspect}")
         short = 96 / aspect**0.5
-        sets[f"number/{aspect}"] = [
-            turned(rng, lambda rng, h, w: draw_number(rng, h, w, 15), short, short * aspect)
+        sets[f"digit/{aspect}"] = [
+            turned(rng, lambda rng, h, w: draw_digit(rng, h, w, 15), short, short * aspect)
             for _ in range(per_set)
         ]
     for side in BALL_SIDES:
@@ -343,7 +343,7 @@ def ask(
 def answer(
     arm: Annotated[str, typer.Option(help=f"Of {', '.join(ARMS)}.")],
     seed: int = 0,
-    per_set: int = 90,
+    per_set: int = 96,
     out: Path = Path("runs/slicing-study"),
 ) -> None:
     """Asks one trained model about every test picture."""
@@ -422,7 +422,7 @@ def report(out: Path = Path("runs/slicing-study"), docs: Path = Path("docs")) ->
         "objects that one tile shows": ["place/alone"],
         "objects that several show": ["place/shared"],
     }
-    numbers = {f"1:{aspect}": [f"number/{aspect}"] for aspect in ASPECTS}
+    digits = {f"1:{aspect}": [f"digit/{aspect}"] for aspect in ASPECTS}
     figures: dict[str, dict] = {}
 
     def table(title: str, columns: dict[str, list[str]], value, percent: bool) -> None:
@@ -436,7 +436,7 @@ def report(out: Path = Path("runs/slicing-study"), docs: Path = Path("docs")) ->
     table("Mean error of counts", counts, signed, False)
     table("Mean error of counts by place", places, signed, False)
     table("Exact counts by place, %", places, exact, True)
-    table("Numbers read right, by the shape of the image, %", numbers, exact, True)
+    table("Digits read right, by the shape of the image, %", digits, exact, True)
     balls = {
         arm: read_values(out, arm, [f"balls/{side}" for side in BALL_SIDES], lambda _, t: parse_count(t) or 0)
         for arm in ARMS
@@ -459,7 +459,7 @@ def draw(out: Path, balls: dict[str, np.ndarray], path: Path) -> None:
     for arm in ARMS:
         error = [summarize(read_values(out, arm, [f"count/{side}"], signed)) for side in sides]
         share = [summarize(read_values(out, arm, [f"count/{side}"], exact)) for side in sides]
-        number = [summarize(read_values(out, arm, [f"number/{aspect}"], exact)) for aspect in ASPECTS]
+        number = [summarize(read_values(out, arm, [f"digit/{aspect}"], exact)) for aspect in ASPECTS]
         for axis, x, figures, scale in (
             (axes[0, 0], sides, share, 100),
             (axes[0, 1], sides, error, 1),
@@ -475,7 +475,7 @@ def draw(out: Path, balls: dict[str, np.ndarray], path: Path) -> None:
         "exact counts, %",
         "mean error of counts",
         "the nine balls: mean answer",
-        "numbers read right, %",
+        "digits read right, %",
     )
     for axis, title in zip(axes.flat, titles, strict=True):
         axis.set_title(title)

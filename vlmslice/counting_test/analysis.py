@@ -20,7 +20,9 @@ from vlmslice.metrics import Figure, Ratio, summarize
 
 MIN_GROUPS = 6
 """Fewest groups that a finding rests on; fewer make no interval."""
-NO_FAULT = "No fault found."
+NO_FAULT = (
+    f"No fault found. (A finding rests on {MIN_GROUPS} groups of pictures at least; --limit may leave fewer.)"
+)
 _ROUNDING = 1e-9  # of sums; an effect below is none
 NO_NUMBER = "no number"
 
