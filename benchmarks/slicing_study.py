@@ -85,13 +85,15 @@ def draw_count(rng: random.Random, height: int, width: int, count: int) -> TaskS
     return TaskSample("count", Scene(image, shapes=shapes), COUNT, str(len(shapes)))
 
 
-def draw_digit(rng: random.Random, height: int, width: int, font_px: float) -> TaskSample:
-    """A digit anywhere on a light ground."""
+def draw_number(
+    rng: random.Random, height: int, width: int, font_px: float, numbers: tuple[int, int] = (0, 9)
+) -> TaskSample:
+    """A number, by default a digit, anywhere on a light ground."""
     ground = rng.randint(215, 255)
     image = Image.new("RGB", (width, height), (ground, ground, ground))
     path = matplotlib_font_dir() / rng.choice(["DejaVuSans.ttf", "DejaVuSans-Bold.ttf", "DejaVuSerif.ttf"])
     font = ImageFont.truetype(str(path), font_px)
-    text = str(rng.randint(0, 9))
+    text = str(rng.randint(*numbers))
     scene = Scene(image)
     room = width - font.getlength(text) - 4, height - 1.2 * font_px - 2
     Pen(scene, (rng.randint(0, 60),) * 3).write(
@@ -107,7 +109,7 @@ def draw_training(seed: int, index: int) -> TaskSample:
         aspect = 2 ** rng.uniform(0, 3)
         height = rng.uniform(34, 96) / max(1, math.log2(aspect)) ** 0.5
         return turned(
-            rng, lambda rng, h, w: draw_digit(rng, h, w, rng.uniform(13, 22)), height, height * aspect
+            rng, lambda rng, h, w: draw_number(rng, h, w, rng.uniform(13, 22)), height, height * aspect
         )
     side = rng.uniform(*rng.choice(TRAINED_SIDES))
     return turned(
@@ -222,9 +224,9 @@ def eye(out: Path = Path("runs/slicing-study"), steps: int = 1500) -> None:
                 scale = rng.uniform(0.8, 1.4)
                 sides = round(rows * PATCH * scale), round(cols * PATCH * scale)
                 sample = (
-                    draw_digit(rng, *sides, rng.uniform(12, 24) * scale)
+                    draw_number(rng, *sides, rng.uniform(12, 24) * scale, numbers=(100, 999))
                     if index % 2
-                    else draw_count(rng, *sides, rng.randint(1, MOST))
+                    else draw_count(rng, *sides, rng.randint(1, 9))
                 )
                 image = sample.scene.image
                 resized = image.resize((cols * PATCH, rows * PATCH), Image.Resampling.BICUBIC)
@@ -304,7 +306,7 @@ def test_sets(per_set: int) -> dict[str, list[TaskSample]]:
         rng = random.Random(f"digit {aspect}")
         short = 96 / aspect**0.5
         sets[f"digit/{aspect}"] = [
-            turned(rng, lambda rng, h, w: draw_digit(rng, h, w, 15), short, short * aspect)
+            turned(rng, lambda rng, h, w: draw_number(rng, h, w, 15), short, short * aspect)
             for _ in range(per_set)
         ]
     for side in BALL_SIDES:
