@@ -12,6 +12,7 @@ from vlmslice.errors import suggestion
 
 DEMOS = Path(__file__).parent
 GALLERY = {
+    "counting_test.png": ["counting_test.py"],
     "slicing_explorer.png": ["slicing_explorer.py", "800x600", "--max-visual-tokens", "8192"],
     "slicing_explorer_strip.png": ["slicing_explorer.py", "2400x300"],
     "read_receipt.png": ["read_receipt.py"],

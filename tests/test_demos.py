@@ -87,6 +87,24 @@ def test_where_it_looked_goes_along_the_line(assistant: Assistant) -> None:
     assert drawn.height > image.height
 
 
+def test_counting_test_shows_who_counts_twice(tmp_path: Path, monkeypatch, capsys) -> None:
+    arguments = ["--scripted", "double-counter", "--picture", str(tmp_path / "out.png")]
+    code, out, err = run_in_process("counting_test", *arguments, monkeypatch=monkeypatch, capsys=capsys)
+    assert code == 0, err
+    counts = dict(line.split(": ") for line in out.splitlines())
+    assert "9 at 224 px" in counts["overlap"] and "16 at 480 px" in counts["overlap"]
+    assert "13 at 480 px" in counts["overlap_dedup"] and counts["pad"].count("9 at ") == 7
+    assert Image.open(tmp_path / "out.png").width > 500
+
+
+@pytest.mark.slow
+def test_counting_test_asks_the_model(assistant: Assistant) -> None:
+    demo = load_demo("counting_test")
+    results, _ = demo.show(demo.AssistantAnswerer(assistant), policies=["adaptive"], sides=[224])
+    [(side, count)] = results["arms"]["adaptive"]["nine_balls"].items()
+    assert side == "224" and 6 <= count <= 12
+
+
 @pytest.mark.slow
 def test_as_a_user_runs_it(tmp_path: Path) -> None:
     picture = tmp_path / "receipt.png"

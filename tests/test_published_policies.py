@@ -175,6 +175,10 @@ def test_deduplication_hands_every_place_on_once(size, max_slice_nums, merge_siz
     assert (tokens_on_canvas(once, merge_size) == 1).all()
     assert (tokens_on_canvas(twice, merge_size) >= 1).all()
     assert once.canvas_boxes == twice.canvas_boxes
+    shown = sum(
+        (bottom - top) * (right - left) for top, left, bottom, right in (v.received_box for v in once.slices)
+    )
+    assert shown == pytest.approx(size[0] * size[1])
     assert once.num_visual_tokens == sum(view.num_visual_tokens for view in once.views)
     for plan in (twice, once):
         turned = plan_slices(*size[::-1], settings_of(plan.policy, **options))

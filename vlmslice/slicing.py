@@ -151,6 +151,7 @@ class View:
         patch_grid: Patches `(height, width)`.
         num_visual_tokens: Visual tokens that the language model receives for this view.
         token_box: `(top, left, bottom, right)` of these among the view's blocks, if some are dropped; `None` for all.
+        block_size: Side of a block, in px of the view.
     """
 
     box: tuple[float, float, float, float]
@@ -158,6 +159,15 @@ class View:
     patch_grid: tuple[int, int]
     num_visual_tokens: int
     token_box: tuple[int, int, int, int] | None = None
+    block_size: int = 1
+
+    @property
+    def received_box(self) -> tuple[float, float, float, float]:
+        """The part of `box` whose visual tokens the language model receives."""
+        if self.token_box is None:
+            return self.box
+        top, left, bottom, right = (edge * self.block_size for edge in self.token_box)
+        return self.box_to_image((top, left, bottom, right))
 
     def to_image(self, y: float, x: float) -> tuple[float, float]:
         """Where a point (y, x) of this view, in px of the view, lies in px of the image.
@@ -445,7 +455,8 @@ def _view(
     if token_box is not None:
         blocks_high, blocks_wide = token_box[2] - token_box[0], token_box[3] - token_box[1]
     size = (high * config.patch_size, wide * config.patch_size)
-    return View(box, size, patch_grid, config.tokens_per_view or blocks_high * blocks_wide, token_box)
+    num_visual_tokens = config.tokens_per_view or blocks_high * blocks_wide
+    return View(box, size, patch_grid, num_visual_tokens, token_box, config.block_size)
 
 
 def _piecewise(value: float, cuts: list[float], step: int) -> float:

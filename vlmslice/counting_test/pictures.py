@@ -381,14 +381,14 @@ def _few_shapes(
 
 
 def seen_shares(plan: SlicePlan, box: Box) -> list[float]:
-    """How much of a box, as a share of its area, lies in each slice of a plan."""
+    """How much of a box, as a share of its area, each slice of a plan shows by visual tokens that are received."""
     top, left, bottom, right = box
     area = (bottom - top) * (right - left)
     return [
-        max(min(bottom, view.box[2]) - max(top, view.box[0]), 0.0)
-        * max(min(right, view.box[3]) - max(left, view.box[1]), 0.0)
+        max(min(bottom, seen[2]) - max(top, seen[0]), 0.0)
+        * max(min(right, seen[3]) - max(left, seen[1]), 0.0)
         / area
-        for view in plan.slices
+        for seen in (view.received_box for view in plan.slices)
     ]
 
 
