@@ -19,6 +19,7 @@ import os
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
+import itertools
 import json
 import math
 import random
@@ -270,7 +271,8 @@ def train(
 # --- tests --------------------------------------------------------------------------------------------------------
 
 SEEN_SIDES, NEW_SIDES, LARGE_SIDES = (44, 52, 60, 120, 136, 152), (70, 78, 86, 94, 102), (192, 256, 384, 512)
-ASPECTS = (1, 2, 4, 8)
+AREAS, ASPECTS = (96, 192), (1, 2, 4, 8)
+"""Images with digits have as many px as squares of these sides; the larger are never trained on."""
 BALL_SIDES = tuple(range(40, 200, 8)) + (224, 256, 320, 384, 512)
 
 
@@ -302,10 +304,10 @@ def test_sets(per_set: int) -> dict[str, list[TaskSample]]:
         sets[f"place/{'shared' if shared else 'alone'}"] = [
             place_shapes(rng, 144, 1 + k % 4, shared) for k in range(2 * per_set)
         ]
-    for aspect in ASPECTS:
-        rng = random.Random(f"digit {aspect}")
-        short = 96 / aspect**0.5
-        sets[f"digit/{aspect}"] = [
+    for area, aspect in itertools.product(AREAS, ASPECTS):
+        rng = random.Random(f"digit {area} {aspect}")
+        short = area / aspect**0.5
+        sets[f"digit/{area}/{aspect}"] = [
             turned(rng, lambda rng, h, w: draw_number(rng, h, w, 15), short, short * aspect)
             for _ in range(per_set)
         ]
@@ -424,7 +426,6 @@ def report(out: Path = Path("runs/slicing-study"), docs: Path = Path("docs")) ->
         "objects that one tile shows": ["place/alone"],
         "objects that several show": ["place/shared"],
     }
-    digits = {f"1:{aspect}": [f"digit/{aspect}"] for aspect in ASPECTS}
     figures: dict[str, dict] = {}
 
     def table(title: str, columns: dict[str, list[str]], value, percent: bool) -> None:
@@ -438,7 +439,9 @@ def report(out: Path = Path("runs/slicing-study"), docs: Path = Path("docs")) ->
     table("Mean error of counts", counts, signed, False)
     table("Mean error of counts by place", places, signed, False)
     table("Exact counts by place, %", places, exact, True)
-    table("Digits read right, by the shape of the image, %", digits, exact, True)
+    for area in AREAS:
+        digits = {f"1:{aspect}": [f"digit/{area}/{aspect}"] for aspect in ASPECTS}
+        table(f"Digits of 15 px read right on as many px as {area} x {area}, %", digits, exact, True)
     balls = {
         arm: read_values(out, arm, [f"balls/{side}" for side in BALL_SIDES], lambda _, t: parse_count(t) or 0)
         for arm in ARMS
@@ -461,7 +464,9 @@ def draw(out: Path, balls: dict[str, np.ndarray], path: Path) -> None:
     for arm in ARMS:
         error = [summarize(read_values(out, arm, [f"count/{side}"], signed)) for side in sides]
         share = [summarize(read_values(out, arm, [f"count/{side}"], exact)) for side in sides]
-        number = [summarize(read_values(out, arm, [f"digit/{aspect}"], exact)) for aspect in ASPECTS]
+        number = [
+            summarize(read_values(out, arm, [f"digit/{AREAS[1]}/{aspect}"], exact)) for aspect in ASPECTS
+        ]
         for axis, x, figures, scale in (
             (axes[0, 0], sides, share, 100),
             (axes[0, 1], sides, error, 1),
@@ -477,7 +482,7 @@ def draw(out: Path, balls: dict[str, np.ndarray], path: Path) -> None:
         "exact counts, %",
         "mean error of counts",
         "the nine balls: mean answer",
-        "digits read right, %",
+        "digits of 15 px read right, %, on 192 x 192 px",
     )
     for axis, title in zip(axes.flat, titles, strict=True):
         axis.set_title(title)

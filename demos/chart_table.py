@@ -5,16 +5,13 @@ The chart is rendered, in words and a font that training has not seen, or it is 
 
 from pathlib import Path
 
-from PIL import Image
-
-from vlmslice import Assistant
-from vlmslice.answer_sheet import draw_answer_sheet
 from vlmslice.demonstration import (
     Exhibit,
     ImageArgument,
     ModelOption,
     PictureOption,
     SeedOption,
+    ask_and_mark,
     check_picture,
     hand_over,
     load_assistant,
@@ -22,7 +19,7 @@ from vlmslice.demonstration import (
     render_exhibit,
     run_demo,
 )
-from vlmslice.marking import Marked, mark_table
+from vlmslice.marking import mark_table
 
 QUESTION = "Give the data as CSV."
 
@@ -30,13 +27,6 @@ QUESTION = "Give the data as CSV."
 def render(seed: int = 0) -> Exhibit:
     """A chart of 420 x 600 px, and its data."""
     return render_exhibit("plot", [QUESTION], 420, 600, seed=seed)
-
-
-def show(assistant: Assistant, exhibit: Exhibit) -> tuple[str, Marked, Image.Image]:
-    """The answer, its marks, and the picture of both."""
-    answer = assistant.ask([exhibit.image], exhibit.question, max_new_tokens=512).text
-    marked = mark_table(answer, exhibit.truth)
-    return answer, marked, draw_answer_sheet(exhibit.image, [(exhibit.question, marked)])
 
 
 def main(
@@ -53,7 +43,7 @@ def main(
     """
     check_picture(picture)
     exhibit = open_exhibit(image, QUESTION, lambda: render(seed))
-    answer, marked, drawn = show(load_assistant(model), exhibit)
+    answer, marked, drawn = ask_and_mark(load_assistant(model), exhibit, mark_table)
     print(answer)
     print(marked.summary)
     hand_over(drawn, picture)

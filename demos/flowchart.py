@@ -5,10 +5,6 @@ The flowchart is rendered, in words and a font that training has not seen, or it
 
 from pathlib import Path
 
-from PIL import Image
-
-from vlmslice import Assistant
-from vlmslice.answer_sheet import draw_answer_sheet
 from vlmslice.data.flowcharts import QUESTIONS
 from vlmslice.demonstration import (
     Exhibit,
@@ -16,6 +12,7 @@ from vlmslice.demonstration import (
     ModelOption,
     PictureOption,
     SeedOption,
+    ask_and_mark,
     check_picture,
     hand_over,
     load_assistant,
@@ -23,7 +20,7 @@ from vlmslice.demonstration import (
     render_exhibit,
     run_demo,
 )
-from vlmslice.marking import Marked, mark_edges
+from vlmslice.marking import mark_edges
 
 QUESTION = QUESTIONS[0]
 
@@ -31,13 +28,6 @@ QUESTION = QUESTIONS[0]
 def render(seed: int = 2) -> Exhibit:
     """A flowchart of 640 x 560 px with six to eight boxes, and its arrows."""
     return render_exhibit("flowchart", QUESTIONS, 640, 560, seed=seed, num_lines=(6, 8))
-
-
-def show(assistant: Assistant, exhibit: Exhibit) -> tuple[str, Marked, Image.Image]:
-    """The answer, its marks, and the picture of both."""
-    answer = assistant.ask([exhibit.image], exhibit.question, max_new_tokens=512).text
-    marked = mark_edges(answer, exhibit.truth)
-    return answer, marked, draw_answer_sheet(exhibit.image, [(exhibit.question, marked)])
 
 
 def main(
@@ -54,7 +44,7 @@ def main(
     """
     check_picture(picture)
     exhibit = open_exhibit(image, QUESTION, lambda: render(seed))
-    answer, marked, drawn = show(load_assistant(model), exhibit)
+    answer, marked, drawn = ask_and_mark(load_assistant(model), exhibit, mark_edges)
     print(answer)
     print(marked.summary)
     hand_over(drawn, picture)

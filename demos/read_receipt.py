@@ -5,10 +5,6 @@ The receipt is rendered, in words and a font that training has not seen, or it i
 
 from pathlib import Path
 
-from PIL import Image
-
-from vlmslice import Assistant
-from vlmslice.answer_sheet import draw_answer_sheet
 from vlmslice.data.receipts import QUESTIONS
 from vlmslice.demonstration import (
     Exhibit,
@@ -16,6 +12,7 @@ from vlmslice.demonstration import (
     ModelOption,
     PictureOption,
     SeedOption,
+    ask_and_mark,
     check_picture,
     hand_over,
     load_assistant,
@@ -23,7 +20,7 @@ from vlmslice.demonstration import (
     render_exhibit,
     run_demo,
 )
-from vlmslice.marking import Marked, mark_fields
+from vlmslice.marking import mark_fields
 
 QUESTION = "Give the company, date, address and total of this receipt as JSON."
 
@@ -31,13 +28,6 @@ QUESTION = "Give the company, date, address and total of this receipt as JSON."
 def render(seed: int = 2) -> Exhibit:
     """A receipt of 880 x 380 px, and the fields that it states."""
     return render_exhibit("receipt", QUESTIONS["json"], 880, 380, seed=seed)
-
-
-def show(assistant: Assistant, exhibit: Exhibit) -> tuple[str, Marked, Image.Image]:
-    """The answer, its marks, and the picture of both."""
-    answer = assistant.ask([exhibit.image], exhibit.question, max_new_tokens=512).text
-    marked = mark_fields(answer, exhibit.truth)
-    return answer, marked, draw_answer_sheet(exhibit.image, [(exhibit.question, marked)])
 
 
 def main(
@@ -54,7 +44,7 @@ def main(
     """
     check_picture(picture)
     exhibit = open_exhibit(image, QUESTION, lambda: render(seed))
-    answer, marked, drawn = show(load_assistant(model), exhibit)
+    answer, marked, drawn = ask_and_mark(load_assistant(model), exhibit, mark_fields)
     print(answer)
     print(marked.summary)
     hand_over(drawn, picture)

@@ -3,6 +3,7 @@
 import importlib.util
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 
@@ -10,8 +11,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from vlmslice.demonstration import DemonstrationError, load_assistant, render_text, run_demo
+from vlmslice.demonstration import DemonstrationError, ask_and_mark, load_assistant, render_text, run_demo
 from vlmslice.inference import Assistant
+from vlmslice.marking import mark_edges, mark_fields, mark_table
 from vlmslice.model_files import read_slicing_config
 
 DEMOS = Path(__file__).parent.parent / "demos"
@@ -53,11 +55,12 @@ def test_page_about_the_demos_names_each(name: str) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["read_receipt", "chart_table", "flowchart"])
-def test_rendered_exhibit(name: str, assistant: Assistant) -> None:
-    demo = load_demo(name)
-    exhibit = demo.render()
-    answer, marked, drawn = demo.show(assistant, exhibit)
+@pytest.mark.parametrize(
+    "name,mark", [("read_receipt", mark_fields), ("chart_table", mark_table), ("flowchart", mark_edges)]
+)
+def test_rendered_exhibit(name: str, mark: Callable, assistant: Assistant) -> None:
+    exhibit = load_demo(name).render()
+    answer, marked, drawn = ask_and_mark(assistant, exhibit, mark)
     assert answer == assistant.ask([exhibit.image], exhibit.question, max_new_tokens=512).text
     assert " of " in marked.summary and " right" in marked.summary
     assert drawn.width > exhibit.image.width and len(np.unique(np.asarray(drawn))) > 50

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
     from vlmslice.data.fonts import FontLibrary
     from vlmslice.inference import Assistant
+    from vlmslice.marking import Marked
 
 _MOST_TRIES, _FRAME_MS = 200, 700
 _NUM_SENTENCES = 6
@@ -201,6 +202,20 @@ def load_assistant(model: str | None) -> Assistant:
 
     disable_progress_bar()
     return Assistant.from_pretrained(model)
+
+
+def ask_and_mark(
+    assistant: Assistant, exhibit: Exhibit, mark: Callable[[str, str | None], Marked]
+) -> tuple[str, Marked, Image.Image]:
+    """The answer about an exhibit, its marks, and the picture of both.
+
+    `mark`: compares an answer with its truth, see `marking`.
+    """
+    from vlmslice.answer_sheet import draw_answer_sheet
+
+    answer = assistant.ask([exhibit.image], exhibit.question, max_new_tokens=512).text
+    marked = mark(answer, exhibit.truth)
+    return answer, marked, draw_answer_sheet(exhibit.image, [(exhibit.question, marked)])
 
 
 def check_picture(path: Path) -> Path:
