@@ -159,6 +159,34 @@ def test_sft_freezes_parts_and_saves_bf16(train: Train, model: Path, data: Path,
     assert {weight.dtype for weight in weights(final).values()} == {torch.bfloat16}
 
 
+def test_another_policy_is_trained_with_and_saved(
+    train: Train, model: Path, data: Path, tmp_path: Path
+) -> None:
+    code, output = train(
+        "--recipe", "sft", "--model", model, "--data", data, "--output-dir", tmp_path, *FAST, "--max-steps", 1,
+        "--option", "policy=overlap_dedup",
+    )  # fmt: skip
+    assert code == 0, output
+    final = tmp_path / "sft" / "final"
+    assistant = Assistant.from_pretrained(final)
+    assert assistant.model.config.slicing["policy"] == "overlap_dedup"
+    answer = assistant.ask([noise_image(90, 90)], "what?", max_new_tokens=1)
+    assert answer.plans[0].policy == "overlap_dedup" and len(answer.plans[0].slices) == 4
+    code, output = train(
+        "--recipe",
+        "sft",
+        "--model",
+        model,
+        "--data",
+        data,
+        "--output-dir",
+        tmp_path,
+        "--option",
+        "policy=overlaps",
+    )
+    assert code == 2 and "did you mean 'overlap'" in output
+
+
 def test_lora(train: Train, model: Path, data: Path, tmp_path: Path) -> None:
     command = [
         "--recipe", "lora", "--model", model, "--data", data, "--output-dir", tmp_path, *FAST, "--option", "rank=4",

@@ -39,12 +39,13 @@ def lora(
     alpha: float = 32.0,
     dropout: float = 0.0,
     dtype: str = "float32",
+    policy: str = "",
 ) -> list[Stage]:
     """Trains low-rank updates of a model's matrices on your conversations; see docs/finetuning.md.
 
     Options: `parts`, some of `vision_encoder,connector,language_model`, or `all-linear` for all of them; `rank`,
-    `alpha` and `dropout` of LoRA; `dtype` of the saved weights. The learning rate is ten times that of `sft`,
-    as suits LoRA (Schulman et al., 2025, https://thinkingmachines.ai/blog/lora/).
+    `alpha` and `dropout` of LoRA; `dtype` and `policy` as in `sft`. The learning rate is ten times that of `sft`, as
+    suits LoRA (Schulman et al., 2025, https://thinkingmachines.ai/blog/lora/).
 
     Command: `python train/train.py --recipe lora --data FILE.jsonl --output-dir runs/lora`
     Hardware: as `sft`, with less memory for the optimizer.
@@ -52,7 +53,7 @@ def lora(
     folder = find_model(model)
     chosen = list(PARTS) if parts == "all-linear" else parts.split(",")
     find_prefixes(chosen)  # a misspelt part is told before anything is loaded
-    [full] = sft(data, model, eval_data)
+    [full] = sft(data, model, eval_data, policy=policy)
     return [
         dataclasses.replace(
             full,

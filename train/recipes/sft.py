@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -39,8 +40,9 @@ def build_model(folder: Path, factors: dict[str, float], previous: Path | None) 
 
 
 def save_model(processor: VlmSliceProcessor, dtype: str, model: nn.Module, folder: Path) -> None:
-    """Weights as `dtype`, with the processor and generation settings that the model came with."""
+    """Weights as `dtype`, with the processor, and the generation settings that the model came with."""
     model.config.use_cache = True  # the Trainer turns it off
+    model.config.slicing = processor.image_processor.slicing_config.to_dict()
     model.to(getattr(torch, dtype)).save_pretrained(folder)
     processor.save_pretrained(folder)
 
@@ -54,11 +56,13 @@ def sft(
     connector: float = 1.0,
     language_model: float = 1.0,
     dtype: str = "float32",
+    policy: str = "",
 ) -> list[Stage]:
     """Trains all weights of a model on your conversations; see docs/finetuning.md.
 
     Options: `vision_encoder`, `connector` and `language_model` are factors on the learning rate of these parts, and 0
-    freezes one; `dtype` is that of the saved weights (training is in fp32, with bf16 autocast).
+    freezes one; `dtype` is that of the saved weights (training is in fp32, with bf16 autocast); `policy` is the slicing
+    policy to train with and to save, by default the model's own.
 
     Command: `python train/train.py --recipe sft --data FILE.jsonl --output-dir runs/sft`
     Hardware: for the bundled model two CPU cores and 4 GB. docs/finetuning.md has an example with its time and figures.
@@ -66,6 +70,9 @@ def sft(
     folder = find_model(model)
     factors = {"vision_encoder": vision_encoder, "connector": connector, "language_model": language_model}
     processor = VlmSliceProcessor.from_pretrained(folder, local_files_only=True)
+    if policy:
+        slicing = replace(processor.image_processor.slicing_config, policy=policy)
+        processor.image_processor.policy = slicing.policy
     return [
         Stage(
             name="sft",
