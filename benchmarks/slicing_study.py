@@ -68,6 +68,8 @@ ARMS = {
 }
 COUNT, READ = "How many shapes are there?", "Which digit is it?"
 MOST = 12
+CURRICULUM = ((6_000, 3), (12_000, 6))
+"""Pictures up to which, and most shapes on them: who has to tell 12 numbers apart at once may never begin to count."""
 TRAINED_SIDES = ((40, 64), (112, 160))
 """Shorter sides, px, of the pictures of counts: one tile, or 2 x 2 that share a third. Others are never trained on."""
 BATCH = 16
@@ -112,9 +114,10 @@ def draw_training(seed: int, index: int) -> TaskSample:
         return turned(
             rng, lambda rng, h, w: draw_number(rng, h, w, rng.uniform(13, 22)), height, height * aspect
         )
+    most = next((most for until, most in CURRICULUM if index < until), MOST)
     side = rng.uniform(*rng.choice(TRAINED_SIDES))
     return turned(
-        rng, lambda rng, h, w: draw_count(rng, h, w, rng.randint(1, MOST)), side, side * rng.uniform(1, 1.3)
+        rng, lambda rng, h, w: draw_count(rng, h, w, rng.randint(1, most)), side, side * rng.uniform(1, 1.3)
     )
 
 
@@ -225,7 +228,7 @@ def eye(out: Path = Path("runs/slicing-study"), steps: int = 1500) -> None:
                 scale = rng.uniform(0.8, 1.4)
                 sides = round(rows * PATCH * scale), round(cols * PATCH * scale)
                 sample = (
-                    draw_number(rng, *sides, rng.uniform(12, 24) * scale, numbers=(100, 999))
+                    draw_number(rng, *sides, 2 ** rng.uniform(3, 5.4) * scale, numbers=(0, 999))
                     if index % 2
                     else draw_count(rng, *sides, rng.randint(1, 9))
                 )

@@ -348,9 +348,13 @@ def _plan_idefics3(height: int, width: int, config: SlicingConfig) -> Layout:
     """
     side = config.scale_resolution
     aspect = width / height
-    longest = min(math.isqrt(config.max_slice_nums) * side, 4096)
-    shortest = max(int(longest / aspect if width >= height else longest * aspect), 1)
-    shortest += shortest % 2 if shortest > 1 else 0
+    longest = math.isqrt(config.max_slice_nums) * side
+    shortest = int(longest / aspect if width >= height else longest * aspect)
+    shortest = max(shortest + shortest % 2, 1)
+    if longest > 4096:  # a second step, from the rounded size of the first
+        aspect = longest / shortest if width >= height else shortest / longest
+        longest = 4096
+        shortest = max(int(longest / aspect if width >= height else longest * aspect), 1)
     across, along = math.ceil(shortest / side), math.ceil(longest / side)
     rows, cols = (across, along) if width >= height else (along, across)
     return _square_tiles(rows, cols, f"long side brought to {longest} px, tiles of {side} px", config)
