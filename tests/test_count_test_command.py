@@ -11,6 +11,7 @@ from conftest import Vlmslice, assert_user_error
 from PIL import Image
 
 from vlmslice.counting_test import answerers, report
+from vlmslice.counting_test.analysis import NO_FAULT
 from vlmslice.counting_test.arms import Arm
 from vlmslice.slicing_policies import POLICIES
 
@@ -51,8 +52,8 @@ def test_a_planted_double_counter_is_found_and_named(vlmslice_command: Vlmslice,
 
 def test_a_perfect_counter_has_no_fault(vlmslice_command: Vlmslice, tmp_path: Path) -> None:
     result = vlmslice_command(*COMMAND, "perfect", "--out", tmp_path / "out")
-    assert result.code == 0 and result.out.splitlines()[-1] == "No fault found."
-    assert "No fault found." in (tmp_path / "out" / "report.html").read_text()
+    assert result.code == 0 and result.out.splitlines()[-1] == NO_FAULT
+    assert NO_FAULT in (tmp_path / "out" / "report.html").read_text()
 
 
 @pytest.mark.usefixtures("without_report")

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from vlmslice.counting_test.analysis import analyse
+from vlmslice.counting_test.analysis import NO_FAULT, analyse
 from vlmslice.counting_test.answerers import ScriptedAnswerer
 from vlmslice.counting_test.answers import record_answer
 from vlmslice.counting_test.pictures import Picture, nine_balls_pictures, seam_pictures
@@ -39,4 +39,4 @@ def test_reports_of_little(pictures: list[Picture], text: str, tmp_path: Path) -
     with Image.open(tmp_path / "report.png") as sheet:
         assert sheet.format == "PNG"
     header, rows, findings = result_lines(results)
-    assert len(rows) == 1 and len(header) == len(rows[0]) and findings == ["No fault found."]
+    assert len(rows) == 1 and len(header) == len(rows[0]) and findings == [NO_FAULT]
