@@ -9,10 +9,11 @@ from typing import Annotated, Any
 import typer
 
 from vlmslice.command_line import read_size
-from vlmslice.demonstration import DemonstrationError, ModelOption, check_picture, hand_over, run_demo
+from vlmslice.demonstration import ModelOption, check_picture, hand_over, run_demo
 from vlmslice.errors import VlmSliceError
 from vlmslice.image_loading import ImageError, load_image
 from vlmslice.model_files import read_slicing_config
+from vlmslice.page.server import import_gradio
 from vlmslice.policy_sheet import draw_policy_sheet
 from vlmslice.slicing import SlicingConfig
 
@@ -39,6 +40,8 @@ def main(
     - `python demos/slicing_explorer.py`: the page, at http://127.0.0.1:7861
     - `python demos/slicing_explorer.py 4000x100 --picture sheet.png`
     - `python demos/slicing_explorer.py photo.jpg --picture sheet.png --max-visual-tokens 1024`
+
+    The page needs what `vlmslice demo` needs; `--picture` does not.
     """
     fields = read_slicing_config(model).to_dict()
     if max_visual_tokens is not None:
@@ -55,12 +58,7 @@ def main(
 
 def build_page(config: SlicingConfig, height: int, width: int) -> Any:
     """The page, a `gradio.Blocks`: sliders for the size and the bound, a place for an image, and the sheet."""
-    try:
-        import gradio
-    except ImportError as error:
-        raise DemonstrationError(
-            "the page needs gradio, which is not installed; pip install gradio, or give --picture OUT.png"
-        ) from error
+    gradio = import_gradio()
 
     def draw(high: int, wide: int, bound: int, path: str | None) -> Any:
         fields = config.to_dict() | {"max_visual_tokens": int(bound)}

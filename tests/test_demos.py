@@ -11,10 +11,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from vlmslice.demonstration import DemonstrationError, ask_and_mark, load_assistant, render_text, run_demo
+from vlmslice.demonstration import ask_and_mark, load_assistant, render_text, run_demo
 from vlmslice.inference import Assistant
 from vlmslice.marking import mark_edges, mark_fields, mark_table
 from vlmslice.model_files import read_slicing_config
+from vlmslice.page.server import PageError, import_gradio
 
 DEMOS = Path(__file__).parent.parent / "demos"
 SCRIPTS = sorted(path.stem for path in DEMOS.glob("*.py"))
@@ -164,13 +165,13 @@ def test_errors_are_one_line(
 
 def test_explorer_without_gradio(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "gradio", None)
-    with pytest.raises(DemonstrationError, match="pip install gradio"):
+    with pytest.raises(PageError, match="pip install --no-deps gradio"):
         load_demo("slicing_explorer").build_page(read_slicing_config(), 300, 400)
 
 
 @pytest.mark.slow
 def test_page_of_the_explorer(tmp_path: Path) -> None:
-    gradio = pytest.importorskip("gradio")
+    gradio = import_gradio()
     page = load_demo("slicing_explorer").build_page(read_slicing_config(), 300, 400)
     functions = {function.fn.__name__: function.fn for function in page.fns.values()}
     Image.new("RGB", (5000, 40), "blue").save(tmp_path / "long.png")

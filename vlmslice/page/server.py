@@ -12,6 +12,7 @@ import time
 import webbrowser
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 from vlmslice.errors import VlmSliceError
 
@@ -49,14 +50,7 @@ def serve_page(
         ModelError: The folder holds no complete vlmslice model.
     """
     with tempfile.TemporaryDirectory(prefix="vlmslice-demo-") as uploads, _ended_by_signal() as ended:
-        _quieten_gradio(uploads)
-        try:
-            import gradio  # noqa: F401
-        except ImportError as error:
-            raise PageError(
-                f"the page needs {error.name or 'gradio'}, which is not installed; run {INSTALL_COMMANDS[0]} and then "
-                f"{INSTALL_COMMANDS[1]} (gradio still asks for a Pillow older than this package's)"
-            ) from error
+        import_gradio(uploads)
         port = _free_port(host, port)  # before the seconds that the model takes
 
         from transformers.utils.logging import disable_progress_bar
@@ -117,17 +111,28 @@ def _ended_by_signal() -> Iterator[threading.Event]:
             signal.signal(number, handler)
 
 
-def _quieten_gradio(uploads: str) -> None:
-    """Read when gradio is imported or launched."""
-    os.environ |= {
-        "GRADIO_ANALYTICS_ENABLED": "False",
-        "HF_HUB_DISABLE_TELEMETRY": "1",
-        "GRADIO_TEMP_DIR": uploads,
-    }
+def import_gradio(uploads: str | None = None) -> Any:
+    """The module, which then tells nobody that it is used, and keeps uploads in a folder.
+
+    Raises:
+        PageError: gradio or what it needs is not installed.
+    """
+    # Read when gradio is imported or launched.
+    os.environ |= {"GRADIO_ANALYTICS_ENABLED": "False", "HF_HUB_DISABLE_TELEMETRY": "1"}
+    if uploads is not None:
+        os.environ["GRADIO_TEMP_DIR"] = uploads
     # A proxy, if one is set, has no way to this machine, where gradio looks whether the page answers.
     for name in ("NO_PROXY", "no_proxy"):
         hosts = [part for part in os.environ.get(name, "").split(",") if part]
         os.environ[name] = ",".join(dict.fromkeys([*hosts, "127.0.0.1", "localhost"]))
+    try:
+        import gradio
+    except ImportError as error:
+        raise PageError(
+            f"the page needs {error.name or 'gradio'}, which is not installed; run {INSTALL_COMMANDS[0]} and then "
+            f"{INSTALL_COMMANDS[1]} (gradio still asks for a Pillow older than this package's)"
+        ) from error
+    return gradio
 
 
 def _free_port(host: str, port: int) -> int:
