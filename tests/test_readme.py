@@ -81,7 +81,7 @@ def test_make_targets() -> None:
     assert targets == ["demo", "test"]
     makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
     assert all(f"\n{target}:" in makefile for target in targets)
-    assert "exec make test\n" in (ROOT / ".ci" / "run").read_text(encoding="utf-8")
+    assert "\nmake test\n" in (ROOT / ".ci" / "run").read_text(encoding="utf-8")
 
 
 def test_demo_prints_what_the_readme_shows() -> None:
