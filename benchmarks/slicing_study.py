@@ -422,6 +422,11 @@ def signed(truth: str, text: str) -> float:
     return (parse_count(text) or 0) - int(truth)
 
 
+def answer_to_nine(truth: str, text: str) -> float:
+    """What a picture of nine shapes was counted as; NaN for other pictures."""
+    return parse_count(text) or 0 if truth == "9" else math.nan
+
+
 @app.command()
 def report(out: Path = Path("runs/slicing-study"), docs: Path = Path("docs")) -> None:
     """Tables, `docs/experiments/slicing_study.json` and `docs/images/slicing_study.png`."""
@@ -461,10 +466,10 @@ def report(out: Path = Path("runs/slicing-study"), docs: Path = Path("docs")) ->
     (docs / "experiments" / "slicing_study.json").write_text(
         json.dumps({"figures": figures, "training": training}, indent=1)
     )
-    draw(out, balls, docs / "images" / "slicing_study.png")
+    draw(out, docs / "images" / "slicing_study.png")
 
 
-def draw(out: Path, balls: dict[str, np.ndarray], path: Path) -> None:
+def draw(out: Path, path: Path) -> None:
     from matplotlib import pyplot as plt
 
     sides = sorted((*SEEN_SIDES, *NEW_SIDES, *LARGE_SIDES))
@@ -484,12 +489,13 @@ def draw(out: Path, balls: dict[str, np.ndarray], path: Path) -> None:
             [line] = axis.plot(x, mean, marker="o", markersize=4, label=arm)
             low, high = (scale * np.array([getattr(f, name) for f in figures]) for name in ("low", "high"))
             axis.fill_between(x, low, high, color=line.get_color(), alpha=0.15, linewidth=0)
-        axes[1, 0].plot(BALL_SIDES, balls[arm].mean(axis=0), marker="o", markersize=3, label=arm)
+        nine = [read_values(out, arm, [f"count/{side}"], answer_to_nine) for side in sides]
+        axes[1, 0].plot(sides, [np.nanmean(values) for values in nine], marker="o", markersize=4, label=arm)
     axes[1, 0].axhline(9, color="black", linewidth=0.8)
     titles = (
         "exact counts, %",
         "mean error of counts",
-        "the nine balls: mean answer",
+        "pictures of nine shapes: mean answer",
         "digits of 15 px read right, %, on 192 x 192 px",
     )
     for axis, title in zip(axes.flat, titles, strict=True):
