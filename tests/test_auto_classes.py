@@ -8,11 +8,12 @@ from pathlib import Path
 import pytest
 import torch
 from tiny_models import CONNECTORS, answer, chat, encode, noise_image, tiny_model, tiny_processor
-from transformers import AutoConfig, AutoImageProcessor, AutoModelForImageTextToText, AutoProcessor
+from transformers import AutoConfig, AutoImageProcessor, AutoModelForImageTextToText, AutoProcessor, pipeline
 
 from vlmslice.config import VlmSliceConfig
 from vlmslice.image_processing import VlmSliceImageProcessor
 from vlmslice.image_processing_pil import VlmSliceImageProcessorPil
+from vlmslice.model_files import BUNDLED_MODEL
 from vlmslice.modeling import VlmSliceForConditionalGeneration
 from vlmslice.processing import VlmSliceProcessor
 
@@ -180,3 +181,16 @@ class TestThisProcess:
         difference = (batches[0]["pixel_values"] - batches[1]["pixel_values"]).abs().max()
         assert difference < 2.5 / 127.5
         assert answer(model, batches[0], 1) == answer(model, batches[1], 1)
+
+
+@pytest.mark.skipif(
+    not (BUNDLED_MODEL / "model.safetensors").exists(), reason="the bundled model is not in this checkout"
+)
+@pytest.mark.parametrize("options", [{}, {"dtype": torch.float32}], ids=["as saved", "float32"])
+def test_pipeline_with_the_bundled_model(options):
+    """transformers loads weights as they were saved, in bf16, unless told otherwise."""
+    ask = pipeline("image-text-to-text", model=str(BUNDLED_MODEL), **options)
+    picture = str(ROOT / "demos" / "images" / "receipt_line.png")
+    content = [{"type": "image", "path": picture}, {"type": "text", "text": "What is written in the image?"}]
+    [answered] = ask(text=[{"role": "user", "content": content}], max_new_tokens=40, return_full_text=False)
+    assert answered["generated_text"] == "KIKU JAPANESE RESTAURANT"

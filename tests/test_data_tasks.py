@@ -5,6 +5,7 @@ import dataclasses
 import hashlib
 import html
 import io
+import itertools
 import json
 import random
 import re
@@ -435,6 +436,66 @@ class TestCrowds:
         pixels = np.asarray(crowds.textured_ground(random.Random(seed), 50, 70, (120, 130, 140)), dtype=float)
         assert pixels.shape == (50, 70, 3)
         assert np.abs(pixels - (120, 130, 140)).mean() < 25
+
+
+class TestBloodCells:
+    def test_each_cell_is_pointed_at_and_seen(self):
+        seen: dict[str, set[int]] = {}
+        for sample in samples("cells", 60, TaskConfig(megapixels=(0.05, 0.3), max_count=25, max_questions=3)):
+            scene = sample.scene
+            shown = {shape.center: shape.color for shape in scene.shapes}
+            pointed = []
+            for turn in sample.turns:
+                assert int(turn.answer) == len(turn.points) == len(set(turn.points))
+                things = re.search("red blood cells|white blood cells|platelets", turn.question).group()
+                assert {shown[center] for center in turn.points} <= {"red" if "red" in things else "purple"}
+                assert turn.question[turn.mentions[0].start : turn.mentions[0].end] == things
+                seen.setdefault(things, set()).add(int(turn.answer))
+                pointed += turn.points
+            assert len(pointed) == len(set(pointed)) <= len(shown)
+            assert all(
+                max(abs(y - v), abs(x - u)) > 8 for (y, x), (v, u) in itertools.combinations(sample.points, 2)
+            )
+        assert max(seen["red blood cells"]) > 15 and {0, 1} <= seen["white blood cells"] & seen["platelets"]
+
+    def test_what_is_red_is_redder_than_the_ground(self):
+        differences = []
+        for sample in samples("cells", 12, TaskConfig(megapixels=(0.1, 0.3))):
+            pixels = np.asarray(sample.scene.image, dtype=float)
+            ground = np.median(pixels.reshape(-1, 3), axis=0)
+            for shape in sample.scene.shapes:
+                top, left, bottom, right = map(round, shape.box)
+                if shape.color == "red":
+                    differences.append((ground - pixels[top:bottom, left:right].mean(axis=(0, 1)))[1])
+        assert len(differences) > 30 and np.mean(np.array(differences) > 3) > 0.8
+
+
+class TestPlacesOfValues:
+    @pytest.mark.parametrize("kind, edge", [("bar", "top"), ("horizontal", "right")])
+    def test_a_value_that_is_not_printed_is_read_at_the_end_of_its_bar(self, kind, edge):
+        found = 0
+        config = dataclasses.replace(PLAIN, printed_values=0.0, max_questions=6)
+        for index in range(150):
+            rng = random.Random(index)
+            plot = plots.random_plot(rng, config, 5)
+            if plot.kind != kind:
+                continue
+            scene, _ = plots.draw_with_pillow(rng, config, library(), plot, 300, 400)
+            for value, bar in zip(
+                plot.series[0].values, [r for r in scene.regions if r.kind == "bar"], strict=True
+            ):
+                top, left, bottom, right = bar.box
+                expected = (top, (left + right) / 2) if edge == "top" else ((top + bottom) / 2, right)
+                answer = f"{value:g}"
+                assert plots.locate_value(answer, plot, scene) == [[expected]] * len(answer)
+                found += 1
+        assert found > 20
+
+    def test_what_stands_for_no_mark_has_no_place(self):
+        [sample] = samples("plot", 1)
+        plot = plots.random_plot(random.Random(0), PLAIN, 5)
+        assert plots.locate_value("123456", plot, sample.scene) == []
+        assert plots.locate_value("largest", plot, sample.scene) == []
 
 
 class TestFlowcharts:

@@ -372,11 +372,12 @@ class TestLoading:
         assert config["architectures"] == ["VlmSliceForConditionalGeneration"]
         assert config["slicing"] == shared_model().config.slicing
 
-    def test_bfloat16(self, tmp_path):
-        shared_model().save_pretrained(tmp_path)
+    @pytest.mark.parametrize("connector", CONNECTORS)
+    def test_bfloat16(self, connector, tmp_path):
+        shared_model(connector).save_pretrained(tmp_path)
         model = VlmSliceForConditionalGeneration.from_pretrained(tmp_path, dtype=torch.bfloat16)
         assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
-        inputs = shared_inputs()
+        inputs = shared_inputs(connector)
         assert logits(model, inputs).dtype == torch.bfloat16
         assert len(answer(model, inputs)) == len(CHATS)
 

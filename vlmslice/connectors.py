@@ -122,7 +122,7 @@ class TokenHead(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         x = x + self.down(F.gelu(self.up(self.norm(x))))
-        return F.rms_norm(self.projection(x).float(), self.gain.shape) * self.gain
+        return (F.rms_norm(self.projection(x).float(), self.gain.shape) * self.gain).to(self.gain.dtype)
 
 
 def block_places(target_sizes: torch.Tensor, merge_size: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -241,7 +241,8 @@ class BlockProjection(nn.Module):
         blocks_VQ2, valid_VQ = block_places(target_sizes, self.merge_size)
         patches_VQMD = _gather_block(self.norm(features_VTD), blocks_VQ2, target_sizes, self.merge_size)
         tokens_VQE = self.projection(patches_VQMD.flatten(2))
-        return F.rms_norm(tokens_VQE.float(), self.gain.shape) * self.gain, valid_VQ
+        tokens_VQE = F.rms_norm(tokens_VQE.float(), self.gain.shape) * self.gain
+        return tokens_VQE.to(self.gain.dtype), valid_VQ
 
 
 def query_grid(num_queries: int) -> tuple[int, int]:

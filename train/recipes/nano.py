@@ -274,8 +274,9 @@ BROAD_TASKS = {
     "screenshot": 0.04,
     "plot": 0.18,
     "flowchart": 0.02,
-    "count": 0.11,
-    "crowd": 0.12,
+    "count": 0.09,
+    "crowd": 0.1,
+    "cells": 0.04,
 }
 BROAD = [
     Curriculum(

@@ -8,12 +8,13 @@ from __future__ import annotations
 import math
 import random
 
+from vlmslice.data.answer_places import locate_answer
 from vlmslice.data.fonts import FontLibrary
 from vlmslice.data.phrases import Phrases
 from vlmslice.data.plot_pillow import draw_with_pillow
 from vlmslice.data.plot_types import KINDS, Plot, Series
-from vlmslice.data.samples import TaskConfig, TaskSample, ask_several, reshape
-from vlmslice.data.scenes import add_camera_effects
+from vlmslice.data.samples import Place, TaskConfig, TaskSample, Turn, ask_several, reshape
+from vlmslice.data.scenes import Scene, add_camera_effects
 from vlmslice.data.tables import table_to_csv
 
 _MIN_AREA = 240 * 180
@@ -85,7 +86,27 @@ def read_plot(
         from vlmslice.data.plot_matplotlib import draw_with_matplotlib as draw  # half a second to load
     scene, colors = draw(rng, config, fonts, plot, height, width)
     scene.image = add_camera_effects(rng, scene.image, 0.5)
-    return ask_several(rng, config, "plot", scene, lambda: ask(rng, plot, colors, config.max_answer))
+    sample = ask_several(rng, config, "plot", scene, lambda: ask(rng, plot, colors, config.max_answer))
+    turns: list[TaskSample | Turn] = [sample, *sample.follow_ups]
+    for turn in turns:
+        turn.places = locate_answer(turn.answer, scene) or locate_value(turn.answer, plot, scene)
+    return sample
+
+
+def locate_value(answer: str, plot: Plot, scene: Scene) -> list[list[Place]]:
+    """`TaskSample.places` of a value that is printed nowhere: the end of the one mark that stands for it.
+
+    The end of a bar is where the axis says how much it is, the middle of a point or a wedge stands for the whole.
+    """
+    marks = [region for region in scene.regions if region.value is not None and f"{region.value:g}" == answer]
+    if len(marks) != 1:
+        return []
+    [mark] = marks
+    top, left, bottom, right = mark.box
+    place = (top + bottom) / 2, (left + right) / 2
+    if mark.kind == "bar":
+        place = (place[0], right) if plot.kind == "horizontal" else (top, place[1])
+    return [[place] for _ in answer]
 
 
 def spell_value(value: float) -> str:

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from PIL import ImageDraw
 
 from vlmslice.data.answer_places import locate_answer
+from vlmslice.data.blood_cells import count_blood_cells
 from vlmslice.data.charts import chart_question, chart_scene
 from vlmslice.data.counting import count_shapes
 from vlmslice.data.crowds import count_crowd
@@ -105,6 +106,7 @@ TASKS: dict[str, Task] = {
     "table": read_table,
     "plot": read_plot,
     "crowd": count_crowd,
+    "cells": count_blood_cells,
     "flowchart": read_flowchart,
 }
 """Every rendered task by name."""
