@@ -117,6 +117,7 @@ class TestAsk:
             "plans",
             "num_visual_tokens",
             "num_new_tokens",
+            "finish_reason",
             "model",
             "seconds",
         ]

@@ -78,6 +78,8 @@ class TestAsk:
         assert (got.text, got.num_new_tokens, len(calls)) == (short.text, 3, 3)
         never = assistant.ask([image], question, max_new_tokens=24, should_stop=lambda: False)
         assert (never.text, never.num_new_tokens) == (whole.text, 24)
+        reasons = [answered.finish_reason for answered in (whole, got, never)]
+        assert reasons == ["length", "cancelled", "length"]
 
     def test_bad_image_and_policy(self, assistant: Assistant, tmp_path: Path) -> None:
         broken = tmp_path / "broken.png"
@@ -119,6 +121,39 @@ class TestAskBatch:
         alone = [assistant.ask(images, question, max_new_tokens=12) for images, question in samples]
         assert batch[0].num_new_tokens == ids.index(ids[3]) + 1
         assert [a.num_new_tokens for a in batch] == [a.num_new_tokens for a in alone]
+        assert [a.finish_reason for a in batch] == [a.finish_reason for a in alone]
+        assert batch[0].finish_reason == "stop"
+
+    def test_what_goes_round_in_circles_ends(
+        self, assistant: Assistant, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """The longer of two answers goes on when the other one is stopped, and is not cut itself."""
+        samples = [([noise_image(100, 200)], "read the line"), ([noise_image(40, 300, 1)], "q")]
+        whole = assistant.ask_batch(samples, max_new_tokens=12)
+        first = assistant.ask([noise_image(100, 200)], "read the line", max_new_tokens=6)
+        ids = answer(assistant.model, encode(assistant.processor, chat("q", *samples[1][0])), num_tokens=12)[
+            0
+        ]
+        monkeypatch.setattr("vlmslice.looping.LEAST_LENGTH", 6)
+        monkeypatch.setattr("vlmslice.looping.ends_in_loop", lambda row: row[:6] != ids[:6])
+        batch = assistant.ask_batch(samples, max_new_tokens=12)
+        alone = assistant.ask(*samples[0], max_new_tokens=12)
+        assert [a.finish_reason for a in (*batch, alone)] == ["loop", "length", "loop"]
+        assert [a.num_new_tokens for a in (*batch, alone)] == [6, 12, 6]
+        assert [a.text for a in (*batch, alone)] == [first.text, whole[1].text, first.text]
+
+    def test_padding_behind_an_answer_is_no_loop(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        assistant = Assistant(tiny_model(), tiny_processor())
+        samples = [([noise_image(100, 200)], "read the line"), ([noise_image(40, 300, 1)], "q")]
+        [ids] = answer(
+            assistant.model, encode(assistant.processor, chat("read the line", *samples[0][0])), num_tokens=3
+        )
+        assistant.model.generation_config.eos_token_id = [ids[2]]
+        monkeypatch.setattr("vlmslice.looping.LEAST_LENGTH", 6)
+        batch = assistant.ask_batch(samples, max_new_tokens=40)
+        assert batch[0].finish_reason == "stop"
+        assert batch[0].num_new_tokens == ids.index(ids[2]) + 1
+        assert batch[1].num_new_tokens > 12
 
     def test_overrides_reach_the_plans(self, assistant: Assistant) -> None:
         samples = [([noise_image(100, 200)], "read"), ([noise_image(200, 100)], "read")]

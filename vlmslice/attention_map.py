@@ -23,7 +23,7 @@ from vlmslice.attention_guide import guided_layers
 from vlmslice.connectors import query_grid
 from vlmslice.errors import VlmSliceError
 from vlmslice.image_loading import ImageSource, load_image
-from vlmslice.inference import Assistant
+from vlmslice.inference import MAX_NEW_TOKENS, Assistant
 from vlmslice.modeling import VlmSliceForConditionalGeneration
 from vlmslice.slicing import SlicePlan, View
 from vlmslice.spatial_schema import LOCATION_TOKENS
@@ -122,7 +122,7 @@ def attend(
     *,
     policy: str | None = None,
     max_visual_tokens: int | None = None,
-    max_new_tokens: int = 256,
+    max_new_tokens: int = MAX_NEW_TOKENS,
     layers: Sequence[int] | None = None,
     heads: Sequence[int] | None = (0,),
 ) -> AttentionMap:

@@ -99,7 +99,7 @@ def ask(
     ] = None,
     policy: _Policy = None,
     max_visual_tokens: _MaxVisualTokens = None,
-    max_new_tokens: Annotated[int, typer.Option(min=1, help="Most tokens of the answer.")] = 256,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Most tokens of the answer.")] = 1024,
     model: _Model = None,
 ) -> None:
     """Ask about images; the answer streams as it is made.
@@ -112,8 +112,9 @@ def ask(
     Where the answer points at a single image, as counts do, `--show-slices` draws the points, too.
 
     With `--json`: `answer`, `points` (`[y, x]` in pixels of the image), `plans` (one for each image),
-    `num_visual_tokens`, `num_new_tokens`, `model` and `seconds` by stage: `load` (Python, libraries, weights),
-    `process` (images to model inputs), `first_token` (encode and read the prompt), `decode` (the rest of the answer).
+    `num_visual_tokens`, `num_new_tokens`, `finish_reason` (`stop`, or `length` or `loop` of an answer that was cut),
+    `model` and `seconds` by stage: `load` (Python, libraries, weights), `process` (images to model inputs),
+    `first_token` (encode and read the prompt), `decode` (the rest of the answer).
     """
     start = time.perf_counter()
     from vlmslice.image_loading import load_image
@@ -150,6 +151,10 @@ def ask(
     else:
         print(flush=True)
         print_note(_summarize(answer, seconds))
+        if answer.finish_reason == "length":
+            print_note(f"the answer was cut at {max_new_tokens} tokens; allow more with --max-new-tokens")
+        elif answer.finish_reason == "loop":
+            print_note("the answer went round in circles and was stopped")
     for path, picture, plan in zip(outputs, pictures, answer.plans, strict=False):
         _draw(picture, plan, path, answer.points)
         print_note(f"slices drawn to {path}")

@@ -207,8 +207,7 @@ def _answer(
                     max_new_tokens=options.token_cap(suite.parts[part]),
                 )
                 yield [
-                    _build_row(sample, answer, options.token_cap(sample.task), peers)
-                    for sample, answer in zip(samples, answers, strict=True)
+                    _build_row(sample, answer, peers) for sample, answer in zip(samples, answers, strict=True)
                 ]
                 progress.update(len(chunk))
 
@@ -222,7 +221,7 @@ def _chunks(indices: list[int], size: int) -> Iterator[list[int]]:
         yield indices[start : start + size]
 
 
-def _build_row(sample: Sample, answer: Answer, token_cap: int, peers: Sequence[Peer]) -> dict[str, Any]:
+def _build_row(sample: Sample, answer: Answer, peers: Sequence[Peer]) -> dict[str, Any]:
     image, truth = sample.image, sample.truth
     row: dict[str, Any] = {
         "id": sample.id,
@@ -238,7 +237,7 @@ def _build_row(sample: Sample, answer: Answer, token_cap: int, peers: Sequence[P
         "metrics": _row_metrics(sample.task, answer.text, truth),
         "num_visual_tokens": answer.num_visual_tokens,
         "num_new_tokens": answer.num_new_tokens,
-        "cut_off": answer.num_new_tokens >= token_cap,
+        "cut_off": answer.finish_reason != "stop",
     }
     seconds: dict[str, float] = dict(answer.seconds)
     if peers and sample.task in OCR_TASKS:

@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from transformers import PreTrainedTokenizerBase, StoppingCriteria, StoppingCriteriaList, TextStreamer
@@ -14,10 +14,15 @@ from transformers.generation.streamers import BaseStreamer
 
 import vlmslice.registration  # noqa: F401  # the processor finds its image processor by the Auto classes
 from vlmslice.image_loading import ImageSource, load_image
+from vlmslice.looping import StopLoops
 from vlmslice.model_files import ModelError, find_model, find_weights
 from vlmslice.modeling import VlmSliceForConditionalGeneration
 from vlmslice.processing import VlmSliceProcessor
 from vlmslice.slicing import SlicePlan
+
+FinishReason = Literal["stop", "length", "loop", "cancelled"]
+MAX_NEW_TOKENS = 1024
+"""Of an answer, if nothing else is asked for: a page of text is cut there, and says so."""
 
 
 @dataclass(frozen=True)
@@ -33,6 +38,8 @@ class Answer:
             read the prompt), `decode` (the rest of the answer).
         points: Where the answer points at its image, (y, x) in px; see `spatial_schema`. A question about several
             images has none, as a point does not say which it is on.
+        finish_reason: Why it ended: `stop` (the model said so), `length` (at the most tokens asked for), `loop` (it
+            went round in circles, see `looping`) or `cancelled` (the caller said so).
     """
 
     text: str
@@ -41,6 +48,7 @@ class Answer:
     num_new_tokens: int
     seconds: dict[str, float]
     points: tuple[tuple[float, float], ...] = ()
+    finish_reason: FinishReason = "stop"
 
     def to_dict(self) -> dict[str, Any]:
         """All but the seconds, to which callers add their own, in dicts, lists, numbers and strings: ready for JSON."""
@@ -50,6 +58,7 @@ class Answer:
             "plans": [plan.to_dict() for plan in self.plans],
             "num_visual_tokens": self.num_visual_tokens,
             "num_new_tokens": self.num_new_tokens,
+            "finish_reason": self.finish_reason,
         }
 
 
@@ -104,7 +113,7 @@ class Assistant:
         *,
         policy: str | None = None,
         max_visual_tokens: int | None = None,
-        max_new_tokens: int = 256,
+        max_new_tokens: int = MAX_NEW_TOKENS,
         on_text: Callable[[str], None] | None = None,
         should_stop: Callable[[], bool] | None = None,
     ) -> Answer:
@@ -128,26 +137,29 @@ class Assistant:
         processed = time.perf_counter()
 
         streamer = _AnswerStreamer(self.processor.tokenizer, on_text)
-        criteria = StoppingCriteriaList([] if should_stop is None else [_StopWhenTold(should_stop)])
+        loops = StopLoops(inputs["input_ids"].shape[1])
+        told = _StopWhenTold(should_stop)
         output = self.model.generate(
             **inputs,
             max_new_tokens=max_new_tokens,
             do_sample=False,
             streamer=streamer,
-            stopping_criteria=criteria,
+            stopping_criteria=StoppingCriteriaList([loops, told]),
         )
         done = time.perf_counter()
+        new_ids = output[0, inputs["input_ids"].shape[1] :]
         return Answer(
             text="".join(streamer.pieces),
             plans=plans,
             num_visual_tokens=sum(plan.num_visual_tokens for plan in plans),
-            num_new_tokens=output.shape[1] - inputs["input_ids"].shape[1],
+            num_new_tokens=len(new_ids),
             seconds={
                 "process": processed - start,
                 "first_token": streamer.first_token_at - processed,
                 "decode": done - streamer.first_token_at,
             },
-            points=self._points(plans, output[0, inputs["input_ids"].shape[1] :]),
+            points=self._points(plans, new_ids),
+            finish_reason="cancelled" if told.stopped else self._finish_reason(new_ids, loops),
         )
 
     def ask_batch(
@@ -156,7 +168,7 @@ class Assistant:
         *,
         policy: str | None = None,
         max_visual_tokens: int | None = None,
-        max_new_tokens: int = 256,
+        max_new_tokens: int = MAX_NEW_TOKENS,
         edit_inputs: Callable[[Any, list[tuple[SlicePlan, ...]]], Any] | None = None,
     ) -> list[Answer]:
         """Answers several questions at once, each about its own images, as `ask` would one by one.
@@ -184,8 +196,14 @@ class Assistant:
         if edit_inputs is not None:
             inputs = edit_inputs(inputs, plans)
         processed = time.perf_counter()
-        clock = _FirstTokenClock()
-        output = self.model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False, streamer=clock)
+        clock, loops = _FirstTokenClock(), StopLoops(inputs["input_ids"].shape[1])
+        output = self.model.generate(
+            **inputs,
+            max_new_tokens=max_new_tokens,
+            do_sample=False,
+            streamer=clock,
+            stopping_criteria=StoppingCriteriaList([loops]),
+        )
         done = time.perf_counter()
         seconds = {
             "process": (processed - start) / len(samples),
@@ -193,19 +211,23 @@ class Assistant:
             "decode": (done - clock.first_token_at) / len(samples),
         }
         new_ids = output[:, inputs["input_ids"].shape[1] :]
-        texts = self.processor.batch_decode(new_ids, skip_special_tokens=True)
+        # What transformers fills up the rows with that are done is no part of their answers.
+        answers = [
+            ids[: min(length, loops.stopped.get(row, length))]
+            for row, (ids, length) in enumerate(zip(new_ids, self._answer_lengths(new_ids), strict=True))
+        ]
+        texts = self.processor.batch_decode(answers, skip_special_tokens=True)
         return [
             Answer(
                 text,
                 of_sample,
                 sum(plan.num_visual_tokens for plan in of_sample),
-                num_new,
+                len(ids),
                 dict(seconds),
                 self._points(of_sample, ids),
+                self._finish_reason(ids, loops, row),
             )
-            for text, of_sample, num_new, ids in zip(
-                texts, plans, self._answer_lengths(new_ids), new_ids, strict=True
-            )
+            for row, (text, of_sample, ids) in enumerate(zip(texts, plans, answers, strict=True))
         ]
 
     def _encode(
@@ -241,22 +263,32 @@ class Assistant:
         return tuple(plans[0].to_image(row + 0.5, col + 0.5) for row, col in cells)
 
     def _answer_lengths(self, new_ids: torch.Tensor) -> list[int]:
-        """Tokens of each row up to its end token, which counts, and without the padding behind it."""
+        """Tokens of each row up to its end token, which counts."""
+        ends = self._are_ends(new_ids)
+        return (ends.cumsum(dim=1) - ends.long() == 0).sum(dim=1).tolist()
+
+    def _are_ends(self, ids: torch.Tensor) -> torch.Tensor:
         end_ids = self.model.generation_config.eos_token_id
         if end_ids is None:
-            return [new_ids.shape[1]] * len(new_ids)
-        ends = torch.isin(new_ids, torch.tensor(end_ids, device=new_ids.device))
-        return (ends.cumsum(dim=1) - ends.long() == 0).sum(dim=1).tolist()
+            return torch.zeros_like(ids, dtype=torch.bool)
+        return torch.isin(ids, torch.tensor(end_ids, device=ids.device))
+
+    def _finish_reason(self, ids: torch.Tensor, loops: StopLoops, row: int = 0) -> FinishReason:
+        if len(ids) and bool(self._are_ends(ids)[-1]):
+            return "stop"
+        return "loop" if row in loops.stopped else "length"
 
 
 class _StopWhenTold(StoppingCriteria):
-    """Ends every answer of a batch once a callback says so."""
+    """Ends every answer of a batch once a callback, if there is one, says so."""
 
-    def __init__(self, should_stop: Callable[[], bool]):
+    def __init__(self, should_stop: Callable[[], bool] | None):
         self._should_stop = should_stop
+        self.stopped = False
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor, **kwargs: Any) -> torch.Tensor:
-        return torch.full((len(input_ids),), self._should_stop(), dtype=torch.bool, device=input_ids.device)
+        self.stopped = self._should_stop is not None and self._should_stop()
+        return torch.full((len(input_ids),), self.stopped, dtype=torch.bool, device=input_ids.device)
 
 
 class _FirstTokenClock(BaseStreamer):

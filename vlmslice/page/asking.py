@@ -133,9 +133,10 @@ def _to_json(answer: Answer, assistant: Assistant) -> str:
 
 def _summary(answer: Answer) -> str:
     seconds = sum(answer.seconds.values())
+    why = {"length": ", cut at the longest answer allowed", "loop": ", cut as it went round in circles"}
     return (
         f"{_count(answer.num_visual_tokens, 'visual token')} in, {_count(answer.num_new_tokens, 'token')} out, "
-        f"{seconds:.1f} s"
+        f"{seconds:.1f} s{why.get(answer.finish_reason, '')}"
     )
 
 

@@ -176,7 +176,7 @@ def _ask_tab(assistant: Assistant, line: Line, examples: Sequence[Example], turn
                 step, most, value=most, step=step, label="Most visual tokens", elem_id="vs-budget"
             )
             longest = gr.Slider(
-                16, 1024, value=256, step=16, label="Longest answer, tokens", elem_id="vs-longest"
+                16, 2048, value=1024, step=16, label="Longest answer, tokens", elem_id="vs-longest"
             )
 
     def show_price(file: str | None, policy: str, budget: float) -> str:
