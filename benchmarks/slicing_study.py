@@ -65,6 +65,7 @@ ARMS = {
     "overlap_dedup": SlicingConfig("overlap_dedup", 64, None, PATCH, 1, 4, max_visual_tokens=81),
     "pad": SlicingConfig("pad", 144, None, PATCH, 1, 1, max_visual_tokens=81),
 }
+CONTRASTS = (("overlap", "adaptive"), ("overlap_dedup", "overlap"), ("pad", "adaptive"))
 COUNT, READ = "How many shapes are there?", "Which digit is it?"
 MOST = 12
 CURRICULUM = ((6_000, 3), (12_000, 6))
@@ -383,8 +384,8 @@ class Figure(NamedTuple):
     high: float
     seeds: list[float]
 
-    def show(self, percent: bool) -> str:
-        scale, form = (100, ".0f") if percent else (1, "+.2f")
+    def show(self, percent: bool, sign: bool = False) -> str:
+        scale, form = (100, "+.0f" if sign else ".0f") if percent else (1, "+.2f")
         low, high = self.low * scale, self.high * scale
         return f"{self.mean * scale:{form}} ({low:{form}} to {high:{form}})"
 
@@ -422,9 +423,8 @@ def signed(truth: str, text: str) -> float:
     return (parse_count(text) or 0) - int(truth)
 
 
-def answer_to_nine(truth: str, text: str) -> float:
-    """What a picture of nine shapes was counted as; NaN for other pictures."""
-    return parse_count(text) or 0 if truth == "9" else math.nan
+def counted(truth: str, text: str) -> float:
+    return parse_count(text) or 0
 
 
 @app.command()
@@ -448,17 +448,36 @@ def report(out: Path = Path("runs/slicing-study"), docs: Path = Path("docs")) ->
             figures.setdefault(title, {})[arm] = {name: figure._asdict() for name, figure in row.items()}
             print(f"| `{arm}` | {' | '.join(figure.show(percent) for figure in row.values())} |")
 
+    def contrast(title: str, columns: dict[str, list[str]], value, percent: bool) -> None:
+        """Of pairs of arms, seed by seed and picture by picture."""
+        print(f"\n{title}\n\n| | {' | '.join(columns)} |\n|---|{'---|' * len(columns)}")
+        for one, other in CONTRASTS:
+            row = {
+                name: summarize(read_values(out, one, sets, value) - read_values(out, other, sets, value))
+                for name, sets in columns.items()
+            }
+            figures.setdefault(title, {})[f"{one} - {other}"] = {
+                name: figure._asdict() for name, figure in row.items()
+            }
+            shown = " | ".join(figure.show(percent, sign=True) for figure in row.values())
+            print(f"| `{one}` less `{other}` | {shown} |")
+
     table("Exact counts, %", counts, exact, True)
+    contrast("Exact counts, difference in points", counts, exact, True)
     table("Mean error of counts", counts, signed, False)
     table("Mean error of counts by place", places, signed, False)
+    print("\nMean error of objects that several show, less that of as many that one tile shows\n")
+    for arm in ARMS:
+        shared, alone = (read_values(out, arm, sets, signed) for sets in reversed(places.values()))
+        figure = summarize(shared - alone)
+        figures.setdefault("shared less alone", {})[arm] = figure._asdict()
+        print(f"- `{arm}`: {figure.show(False)}")
     table("Exact counts by place, %", places, exact, True)
     for area in AREAS:
         digits = {f"1:{aspect}": [f"digit/{area}/{aspect}"] for aspect in ASPECTS}
         table(f"Digits of 15 px read right on as many px as {area} x {area}, %", digits, exact, True)
-    balls = {
-        arm: read_values(out, arm, [f"balls/{side}" for side in BALL_SIDES], lambda _, t: parse_count(t) or 0)
-        for arm in ARMS
-    }
+        contrast(f"The same, {area} x {area}, difference in points", digits, exact, True)
+    balls = {arm: read_values(out, arm, [f"balls/{side}" for side in BALL_SIDES], counted) for arm in ARMS}
     figures["nine balls"] = {"sides": BALL_SIDES, **{arm: values.tolist() for arm, values in balls.items()}}
     training = {
         path.parent.name: json.loads(path.read_text()) for path in sorted(out.glob("*-[0-9]*/training.json"))
@@ -489,13 +508,16 @@ def draw(out: Path, path: Path) -> None:
             [line] = axis.plot(x, mean, marker="o", markersize=4, label=arm)
             low, high = (scale * np.array([getattr(f, name) for f in figures]) for name in ("low", "high"))
             axis.fill_between(x, low, high, color=line.get_color(), alpha=0.15, linewidth=0)
-        nine = [read_values(out, arm, [f"count/{side}"], answer_to_nine) for side in sides]
-        axes[1, 0].plot(sides, [np.nanmean(values) for values in nine], marker="o", markersize=4, label=arm)
+        nine = read_values(out, arm, [f"balls/{side}" for side in BALL_SIDES], counted)
+        axes[1, 0].plot(BALL_SIDES, nine.mean(axis=0), color=line.get_color(), label=arm)
+        axes[1, 0].fill_between(
+            BALL_SIDES, nine.min(axis=0), nine.max(axis=0), color=line.get_color(), alpha=0.1, linewidth=0
+        )
     axes[1, 0].axhline(9, color="black", linewidth=0.8)
     titles = (
         "exact counts, %",
         "mean error of counts",
-        "pictures of nine shapes: mean answer",
+        "the picture of nine balls: mean answer, and the span of the seeds",
         "digits of 15 px read right, %, on 192 x 192 px",
     )
     for axis, title in zip(axes.flat, titles, strict=True):

@@ -315,6 +315,33 @@ def check_plot(sample: TaskSample) -> str:
         one, two = re.search(r"(?:between|apart are) (\w+) and (\w+)\?", question).groups()
         assert float(answer) == pytest.approx(abs(values[one] - values[two]))
         return "difference"
+    pair = re.search(r"(sum|average) of (\w+) and (\w+)\?", question)
+    if pair:
+        one, two = values[pair[2]], values[pair[3]]
+        assert float(answer) == pytest.approx((one + two) / (2 if pair[1] == "average" else 1))
+        return pair[1]
+    larger = re.fullmatch(r"Is (?:the value of )?(\w+) (?:larger than|more than that of) (\w+)\?", question)
+    if larger:
+        assert answer == ("Yes" if values[larger[1]] > values[larger[2]] else "No")
+        return "larger"
+    either = re.fullmatch(r"Which is larger, (\w+) or (\w+)\?", question)
+    if either:
+        assert answer == max(either.groups(), key=values.__getitem__)
+        return "either"
+    above = re.search(r"above ([\d.]+)\?", question)
+    if above:
+        assert int(answer) == sum(value > float(above[1]) for value in values.values())
+        return "above"
+    named = re.fullmatch(
+        r"(?:What was the \w+ of|How many \w+ did|In) (\w+)(?: have|, how much .*)?\?", question
+    )
+    if named:
+        assert float(answer) == values[named[1]]
+        return "named"
+    most = re.fullmatch(r"Which \w+ (?:has the (highest|lowest)|had the most) \w+\?", question)
+    if most and len(values) == len({mark.text for mark in marks}) and answer in values:
+        assert values[answer] == (min if most[1] == "lowest" else max)(values.values())
+        return "most"
     if question.startswith("How many") and "series" not in question:
         name = re.search("points of (\\w+)", question)
         assert int(answer) == len([mark for mark in marks if not name or mark.text == name[1]])
@@ -335,8 +362,9 @@ def check_plot(sample: TaskSample) -> str:
 
 class TestPlots:
     def test_answers_follow_from_the_marks(self):
-        asked = {check_plot(sample) for sample in samples("plot", 150, PLAIN)}
+        asked = {check_plot(sample) for sample in samples("plot", 300, PLAIN)}
         assert asked >= {"csv", "largest", "difference", "number", "value", "value of series", "which"}
+        assert asked >= {"sum", "average", "larger", "either", "above", "named", "most"}
 
     def test_bars_are_as_long_as_their_values(self):
         checked = 0

@@ -187,6 +187,8 @@ def _about_one_series(rng: random.Random, plot: Plot) -> list[tuple[str, str]]:
     high, low = names[values.index(max(values))], names[values.index(min(values))]
     one, two = spell_value(values[i]), spell_value(values[j])
     difference = spell_value(round(abs(values[i] - values[j]), 1))
+    total, mean = round(values[i] + values[j], 1), round((values[i] + values[j]) / 2, 2)
+    is_larger = "Yes" if values[i] > values[j] else "No"
     options = [
         [
             (f"What is the value of {names[i]}?", one),
@@ -206,8 +208,36 @@ def _about_one_series(rng: random.Random, plot: Plot) -> list[tuple[str, str]]:
         [
             (f"What is the difference between {names[i]} and {names[j]}?", difference),
             (f"How far apart are {names[i]} and {names[j]}?", difference),
+            (f"What is the sum of {names[i]} and {names[j]}?", spell_value(total)),
+            (f"What is the average of {names[i]} and {names[j]}?", spell_value(mean)),
+        ],
+        [
+            (f"Is {names[i]} larger than {names[j]}?", is_larger),
+            (f"Is the value of {names[i]} more than that of {names[j]}?", is_larger),
+            (f"Which is larger, {names[i]} or {names[j]}?", names[i] if is_larger == "Yes" else names[j]),
+            (
+                f"How many {_PLURALS.get(plot.kind, 'points')} are above {two}?",
+                str(sum(v > values[j] for v in values)),
+            ),
         ],
     ]
+    if plot.y_label:
+        what, over = plot.y_label, plot.x_label
+        options += [
+            [
+                (f"What was the {what} of {names[i]}?", one),
+                (f"What is the {what} in {names[i]}?", one),
+                (f"How many {what} did {names[i]} have?", one),
+                (f"In {names[i]}, how much {what} was there?", one),
+            ],
+            [
+                (f"Which {over} has the highest {what}?", high),
+                (f"Which {over} had the most {what}?", high),
+                (f"What was the highest {what}?", spell_value(max(values))),
+                (f"Which {over} has the lowest {what}?", low),
+                (f"What was the lowest {what}?", spell_value(min(values))),
+            ],
+        ]
     if plot.kind in _PLURALS:
         options.append([(f"How many {_PLURALS[plot.kind]} are there?", str(len(values)))])
     return rng.choice(options)
@@ -223,9 +253,18 @@ def _about_several_series(rng: random.Random, plot: Plot) -> list[tuple[str, str
         [
             (f"What is the value of {series.name} for {name}?", value),
             (f"How much is {series.name} in {name}?", value),
+            (f"What was {series.name} in {name}?", value),
+            (f"What is the {plot.y_label} of {series.name} in {name}?", value),
         ],
-        [(f"Where is {series.name} the largest?", high)],
-        [(f"Where is {series.name} the smallest?", low)],
+        [
+            (f"Where is {series.name} the largest?", high),
+            (f"Which {plot.x_label} has the highest {series.name}?", high),
+            (f"What is the largest value of {series.name}?", spell_value(max(series.values))),
+        ],
+        [
+            (f"Where is {series.name} the smallest?", low),
+            (f"Which {plot.x_label} has the lowest {series.name}?", low),
+        ],
     ]
     if plot.kind == "stacked":
         total = spell_value(round(math.fsum(s.values[i] for s in plot.series), 1))
