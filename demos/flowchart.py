@@ -12,13 +12,9 @@ from vlmslice.demonstration import (
     ModelOption,
     PictureOption,
     SeedOption,
-    ask_and_mark,
-    check_picture,
-    hand_over,
-    load_assistant,
-    open_exhibit,
     render_exhibit,
     run_demo,
+    show_exhibit,
 )
 from vlmslice.marking import mark_edges
 
@@ -42,12 +38,7 @@ def main(
     - `python demos/flowchart.py --seed 5`
     - `python demos/flowchart.py flow.png --picture edges.png`
     """
-    check_picture(picture)
-    exhibit = open_exhibit(image, QUESTION, lambda: render(seed))
-    answer, marked, drawn = ask_and_mark(load_assistant(model), exhibit, mark_edges)
-    print(answer)
-    print(marked.summary)
-    hand_over(drawn, picture)
+    show_exhibit(image, QUESTION, lambda: render(seed), mark_edges, picture, model)
 
 
 if __name__ == "__main__":

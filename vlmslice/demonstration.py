@@ -218,6 +218,32 @@ def ask_and_mark(
     return answer, marked, draw_answer_sheet(exhibit.image, [(exhibit.question, marked)])
 
 
+def show_exhibit(
+    image: Path | None,
+    question: str,
+    render: Callable[[], Exhibit],
+    mark: Callable[[str, str | None], Marked],
+    picture: Path,
+    model: str | None,
+) -> None:
+    """Asks about an image file or a rendered exhibit, prints the answer and how right it is, and draws both.
+
+    Args:
+        image: The file, if there is one.
+        question: What to ask about it.
+        render: Renders the exhibit instead.
+        mark: Compares an answer with its truth, see `marking`.
+        picture: Where the picture goes.
+        model: Folder of a saved model, by default the bundled one.
+    """
+    check_picture(picture)
+    exhibit = open_exhibit(image, question, render)
+    answer, marked, drawn = ask_and_mark(load_assistant(model), exhibit, mark)
+    print(answer)
+    print(marked.summary)
+    hand_over(drawn, picture)
+
+
 def check_picture(path: Path) -> Path:
     """`path`, in a folder that exists from now on; raises before the model is asked if no picture can go there."""
     path.parent.mkdir(parents=True, exist_ok=True)
