@@ -12,7 +12,7 @@ from vlmslice.data.samples import TaskConfig
 from vlmslice.data.scenes import Glyph, Scene
 
 ROOT = Path(__file__).parents[1]
-CONFIG = TaskConfig(megapixels=(0.02, 0.05), matplotlib=0)
+CONFIG = TaskConfig(megapixels=(0.02, 0.05), matplotlib=0, vega=0)
 
 
 def fonts() -> FontLibrary:

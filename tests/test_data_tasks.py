@@ -32,7 +32,8 @@ from vlmslice.data.fonts import (
 from vlmslice.data.photo_effects import homography, print_thermally, tilt, warp_boxes
 from vlmslice.data.phrases import Phrases, unaccented
 from vlmslice.data.plot_pillow import STYLES
-from vlmslice.data.plot_types import nice_ticks
+from vlmslice.data.plot_types import KINDS, nice_ticks
+from vlmslice.data.plot_vega import THEMES, draw_with_vega
 from vlmslice.data.samples import TaskConfig, TaskSample, reshape
 from vlmslice.data.scenes import Glyph, Region, Scene, luminance, sample_rng
 from vlmslice.data.shapes import COLORS
@@ -42,7 +43,7 @@ from vlmslice.data.text import words
 NEW = [name for name in TASKS if name not in ("read", "count", "chart")]
 FIXED_SIZE = ("paragraph", "line", "place", "page", "screenshot", "crowd")
 PLAIN = TaskConfig(
-    megapixels=(0.03, 0.15), max_aspect=2, font_px=(10, 30), max_count=20, photo=0, matplotlib=0
+    megapixels=(0.03, 0.15), max_aspect=2, font_px=(10, 30), max_count=20, photo=0, matplotlib=0, vega=0
 )
 
 
@@ -93,7 +94,7 @@ class TestEveryTask:
         photo=st.sampled_from([0.0, 1.0]),
     )
     def test_any_size(self, task, height, width, seed, photo):
-        config = TaskConfig(max_count=50, photo=photo, matplotlib=0, split="eval")
+        config = TaskConfig(max_count=50, photo=photo, matplotlib=0, vega=0, split="eval")
         sample = TASKS[task](sample_rng(seed, task, 0), config, library(), height, width)
         scene = sample.scene
         assert sample.task == task and sample.question
@@ -108,7 +109,7 @@ class TestEveryTask:
 
     @pytest.mark.parametrize("task", NEW)
     def test_large_pictures(self, task):
-        config = TaskConfig(megapixels=(3.9, 4.1), max_aspect=1.5, matplotlib=0)
+        config = TaskConfig(megapixels=(3.9, 4.1), max_aspect=1.5, matplotlib=0, vega=0)
         [sample] = samples(task, 1, config)
         assert 3.5e6 < sample.scene.image.width * sample.scene.image.height < 4.5e6
         assert outside(sample.scene) <= 4
@@ -129,7 +130,9 @@ class TestEveryTask:
     @pytest.mark.parametrize("task", NEW)
     def test_answers_of_evaluation_use_held_out_words(self, task):
         trained = {word for word in words("train") if len(word) > 5}
-        for sample in samples(task, 6, TaskConfig(megapixels=(0.03, 0.1), split="eval", matplotlib=0)):
+        for sample in samples(
+            task, 6, TaskConfig(megapixels=(0.03, 0.1), split="eval", matplotlib=0, vega=0)
+        ):
             names = {
                 w.lower()
                 for w in re.findall(r"[A-Za-z]+", " ".join(texts(sample, "word", "category", "legend")))
@@ -377,9 +380,11 @@ class TestPlots:
                     checked += 1
         assert checked >= 12
 
-    def test_matplotlib(self):
-        config = TaskConfig(megapixels=(0.05, 0.1), max_aspect=1.5, matplotlib=1.0, split="eval")
-        for sample in samples("plot", 8, config):
+    @pytest.mark.parametrize("renderer", ["matplotlib", "vega"])
+    def test_other_renderers(self, renderer):
+        shares = {"matplotlib": 0.0, "vega": 0.0, renderer: 1.0}
+        config = TaskConfig(megapixels=(0.05, 0.1), max_aspect=1.5, split="eval", **shares)
+        for sample in samples("plot", 12, config):
             check_plot(sample)
             assert outside(sample.scene) <= 2
             found = [glyph for glyph in sample.scene.glyphs if glyph.character.isalnum()]
@@ -391,7 +396,38 @@ class TestPlots:
             ]
             assert np.mean(inked) > 0.95
 
+    @pytest.mark.parametrize("kind", KINDS)
+    def test_marks_of_vega_have_the_colours_and_lengths_of_their_values(self, kind):
+        rng = random.Random(kind)
+        config = dataclasses.replace(PLAIN, printed_values=0.0)
+        while (plot := plots.random_plot(rng, config, 5)).kind != kind:
+            pass
+        scene, colors = draw_with_vega(rng, config, library(), plot, 300, 420)
+        assert scene.image.size == (420, 300)
+        marks = [region for region in scene.regions if region.value is not None]
+        assert [mark.value for mark in marks] == [v for series in plot.series for v in series.values]
+        pixels = np.asarray(scene.image, dtype=int)
+
+        def color_of(mark: Region) -> np.ndarray:
+            top, left, bottom, right = mark.box
+            return pixels[round((top + bottom) / 2), round((left + right) / 2)]
+
+        for mark in marks:
+            seen = color_of(mark)
+            of_series = [
+                c for c, series in zip(colors, plot.series, strict=False) if series.name in mark.text
+            ]
+            if of_series and kind in ("grouped", "stacked"):
+                assert np.abs(seen - COLORS[of_series[0]]).max() <= 4
+            elif kind == "bar":
+                assert np.abs(seen - color_of(marks[0])).max() <= 4
+        if kind in ("bar", "horizontal", "grouped", "stacked"):
+            axis = 1 if kind == "horizontal" else 0
+            scales = [(mark.box[axis + 2] - mark.box[axis]) / mark.value for mark in marks]
+            assert np.ptp(scales) < 0.02 * max(scales)
+
     def test_styles_are_apart(self):
+        assert not set(THEMES["train"]) & set(THEMES["eval"])
         assert not set(STYLES["train"]) & set(STYLES["eval"])
         for styles in STYLES.values():
             for style in styles:
@@ -629,7 +665,7 @@ class TestFollowUps:
     )
     def test_several_questions_have_different_answers(self, task):
         """The short ones first; and the picture is that of a single question."""
-        config = TaskConfig(megapixels=(0.05, 0.1), matplotlib=0)
+        config = TaskConfig(megapixels=(0.05, 0.1), matplotlib=0, vega=0)
         alone = list(samples(task, 20, config))
         several = list(samples(task, 20, dataclasses.replace(config, max_questions=4)))
         assert max(len(sample.turns) for sample in several) > 1

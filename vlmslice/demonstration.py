@@ -84,6 +84,7 @@ def render_exhibit(
     config = TaskConfig(
         num_lines=num_lines, max_answer=max_answer, max_questions=8, split="eval", accents=0.0, photo=0.0,
         matplotlib=0.0,
+        vega=0.0,
     )  # fmt: skip
     fonts = demonstration_fonts()
     for number in range(_MOST_TRIES):

@@ -290,6 +290,7 @@ BROAD = [
             font_px=(10, 60),
             photo=0.25,
             matplotlib=0.07,
+            vega=0.04,
         ),
         BROAD_TASKS,
     ),

@@ -16,9 +16,9 @@ from vlmslice.data.fonts import FontLibrary, load_font
 from vlmslice.data.plot_pillow import has_room
 from vlmslice.data.plot_types import Plot, Series, nice_ticks
 from vlmslice.data.samples import TaskConfig
-from vlmslice.data.scenes import Glyph, Region, Scene, approximate_length
+from vlmslice.data.scenes import Region, Scene
 from vlmslice.data.shapes import COLORS
-from vlmslice.data.typesetting import Font
+from vlmslice.data.typesetting import Font, add_text
 
 STYLE_SHEETS = {
     "train": (
@@ -64,7 +64,8 @@ def draw_with_matplotlib(
         image = Image.fromarray(np.asarray(canvas.buffer_rgba())[..., :3].copy())
         scene = Scene(image)
         for string, x, baseline, face, angle in written:
-            _add_text(scene, string, x, baseline, face, angle)
+            size = round(face.get_size_in_points() * _DPI / 72)
+            add_text(scene, string, load_font(face.get_file(), size), x, baseline, upwards=angle == 90)
         for kind, name, value, extent in drawing.marks:
             left, low, right, high = extent()
             scene.regions.append(Region(kind, name, (height - high, left, height - low, right), value))
@@ -265,36 +266,3 @@ def _extent_of_wedge(axes: Any, wedge: Any) -> tuple[float, float, float, float]
     x, y = 0.7 * math.cos(middle), 0.7 * math.sin(middle)
     (left, low), (right, high) = axes.transData.transform([(x - arm, y - arm), (x + arm, y + arm)])
     return left, low, right, high
-
-
-def _add_text(
-    scene: Scene, string: str, x: float, baseline: float, face: FontProperties, angle: float
-) -> None:
-    """Adds the boxes of a text that lies or runs upwards, as `scenes.draw_line` gives them.
-
-    Args:
-        scene: added to.
-        string: the text.
-        x: where its first character starts, px.
-        baseline: y at that point, px from the top.
-        face: its font.
-        angle: 0 or 90 degrees.
-    """
-    font = load_font(face.get_file(), round(face.get_size_in_points() * _DPI / 72))
-    ascent, _ = font.getmetrics()
-    cap = ascent - font.getbbox("H")[1]
-    drop = 0.18 * cap
-    stretch = font.getlength(string) / approximate_length(font, string)
-    start = 0.0
-    for character in string:
-        end = start + approximate_length(font, character) * stretch
-        box = (baseline - cap - drop, x + start, baseline + drop, x + end)
-        if angle == 90:
-            box = (baseline - end, x - cap - drop, baseline - start, x + drop)
-        if not character.isspace():
-            scene.glyphs.append(Glyph(character, box))
-        start = end
-    whole = (baseline - cap - drop, x, baseline + drop, x + start)
-    if angle == 90:
-        whole = (baseline - start, x - cap - drop, baseline, x + drop)
-    scene.regions.append(Region("line", string, whole))

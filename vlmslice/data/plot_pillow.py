@@ -203,7 +203,7 @@ class _Canvas:
                 x = self.x(tick)
                 if self.style.grid:
                     self.pen.draw.line((x, self.top, x, self.bottom), fill=self.style.grid, width=self.thin)
-                self.pen.write_middle(text, self.font, self.bottom + 0.2 * unit, x, kind="tick")
+                self._write_tick(text, x)
             else:
                 y = self.y(tick)
                 if self.style.grid:
@@ -211,9 +211,7 @@ class _Canvas:
                 self.pen.write_right(text, self.font, y - 0.55 * unit, self.left - 0.35 * unit, kind="tick")
         if plot.kind == "scatter":
             for tick in nice_ticks(self.reach, 5):
-                self.pen.write_middle(
-                    f"{tick:g}", self.font, self.bottom + 0.2 * unit, self.x(tick), kind="tick"
-                )
+                self._write_tick(f"{tick:g}", self.x(tick))
         sides = {
             "l": (self.left, self.top, self.left, self.bottom), "b": (self.left, self.bottom, self.right, self.bottom),
             "t": (self.left, self.top, self.right, self.top), "r": (self.right, self.top, self.right, self.bottom),
@@ -235,6 +233,11 @@ class _Canvas:
             box = (top + long - d, left + a, top + long - b, left + c)
             self.pen.scene.glyphs.append(type(glyph)(glyph.character, box))
         self.pen.scene.regions.append(Region("axis", text, (top, left, top + long, left + tall)))
+
+    def _write_tick(self, text: str, x: float) -> None:
+        """Below the x axis at `x`, or as near to it as the picture has room."""
+        middle = min(x, self.width - 1 - self.font.getlength(text) / 2)
+        self.pen.write_middle(text, self.font, self.bottom + 0.2 * self.unit, middle, kind="tick")
 
     def x(self, value: float) -> float:
         return self.left + (self.right - self.left) * value / self.reach

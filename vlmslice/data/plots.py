@@ -1,6 +1,7 @@
 """What a chart shows, apart from how it is drawn, and the questions that it answers.
 
-Two renderers draw the same `Plot`: `plot_pillow` in our own styles, `plot_matplotlib` in those of matplotlib.
+Three renderers draw the same `Plot`: `plot_pillow` in our own styles, `plot_matplotlib` in those of matplotlib,
+`plot_vega` in those of Vega-Lite.
 """
 
 from __future__ import annotations
@@ -82,8 +83,11 @@ def read_plot(
     height, width = reshape(height, width, (1 / 1.6, 1.9), _MIN_AREA)
     plot = random_plot(rng, config, int(width / 55))
     draw = draw_with_pillow
-    if rng.random() < config.matplotlib:
+    chosen = rng.random()
+    if chosen < config.matplotlib:
         from vlmslice.data.plot_matplotlib import draw_with_matplotlib as draw  # half a second to load
+    elif chosen < config.matplotlib + config.vega:
+        from vlmslice.data.plot_vega import draw_with_vega as draw
     scene, colors = draw(rng, config, fonts, plot, height, width)
     scene.image = add_camera_effects(rng, scene.image, 0.5)
     sample = ask_several(rng, config, "plot", scene, lambda: ask(rng, plot, colors, config.max_answer))

@@ -43,6 +43,7 @@ class TaskConfig:
         photo: share of documents that look photographed: tilted, shaded, faded.
         printed_values: share of charts that print the value at each mark; in others it is read off the axis.
         matplotlib: share of charts drawn by matplotlib, at twenty times the cost of ours.
+        vega: share of charts drawn by Vega-Lite, at forty times the cost.
     """
 
     megapixels: tuple[float, float] = (0.05, 4.0)
@@ -59,6 +60,7 @@ class TaskConfig:
     photo: float = 0.4
     printed_values: float = 0.7
     matplotlib: float = 0.1
+    vega: float = 0.05
 
 
 @dataclass(frozen=True)

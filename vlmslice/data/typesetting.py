@@ -7,7 +7,7 @@ from collections.abc import Callable
 from PIL import ImageDraw, ImageFont
 
 from vlmslice.data.fonts import spell
-from vlmslice.data.scenes import Box, Color, Region, Scene, approximate_length, draw_line
+from vlmslice.data.scenes import Box, Color, Glyph, Region, Scene, approximate_length, draw_line
 
 Font = ImageFont.FreeTypeFont
 
@@ -59,6 +59,43 @@ def fill_lines(
             break
         lines.append(line)
     return lines
+
+
+def add_text(
+    scene: Scene, text: str, font: Font, left: float, baseline: float, upwards: bool = False
+) -> None:
+    """Adds the boxes of a line that another program wrote, as `Pen.write` gives them.
+
+    Args:
+        scene: added to.
+        text: the line.
+        font: it is written in.
+        left: where its first character starts, px.
+        baseline: y at that point, px from the top; with `upwards` the line runs up from there, its feet to the right.
+    """
+    ascent, _ = font.getmetrics()
+    cap = ascent - font.getbbox("H")[1]
+    drop = 0.18 * cap
+    stretch = font.getlength(text) / max(approximate_length(font, text), 1e-6)
+
+    def box(start: float, end: float) -> Box:
+        if upwards:
+            return baseline - end, left - cap - drop, baseline - start, left + drop
+        return baseline - cap - drop, left + start, baseline + drop, left + end
+
+    start, boxes = 0.0, []
+    for character in text:
+        end = start + approximate_length(font, character) * stretch
+        if not character.isspace():
+            boxes.append(box(start, end))
+            scene.glyphs.append(Glyph(character, boxes[-1]))
+        start = end
+    if not upwards:
+        places = iter(boxes)
+        for word in text.split():
+            of_word = [next(places) for _ in word]
+            scene.regions.append(Region("word", word, _around(of_word[0], of_word[-1])))
+    scene.regions.append(Region("line", text, box(0.0, start)))
 
 
 class Pen:
