@@ -267,6 +267,21 @@ def test_decay_of_a_recipe_on_other_data(train: Train, model: Path, data: Path, 
     assert record["dataset"]["sources"][0]["weight"] == 2
 
 
+@pytest.mark.skipif(
+    not (BUNDLED_MODEL / "model.safetensors").exists(), reason="the bundled model is not in this checkout"
+)
+def test_the_bundled_model_goes_on(train: Train, tmp_path: Path) -> None:
+    """The stage `head` changes nothing of the model; the next one has all of its weights to start from."""
+    code, output = train(
+        "--recipe", "widen", "--stage", "head", "--max-steps", 2, "--output-dir", tmp_path, *FAST
+    )  # fmt: skip
+    assert code == 0, output
+    before, after = weights(BUNDLED_MODEL), weights(tmp_path / "head" / "final")
+    assert all(torch.equal(after[name].to(weight.dtype), weight) for name, weight in before.items())
+    assert {name.split(".")[0] for name in after.keys() - before.keys()} == {"dense_head"}
+    assert logged(tmp_path / "head", "glyph_right")
+
+
 def test_steps_are_filled_up() -> None:
     from vlmslice.training import Stage
 

@@ -151,18 +151,18 @@ def _build_whole(previous: Path | None) -> nn.Module:
 
 
 def _build_large(previous: Path | None) -> nn.Module:
-    """As `_build_frozen`; without the guide loss where thousands of visual tokens stand in the prompt.
+    """As `_build_whole`; without the guide loss where thousands of visual tokens stand in the prompt.
 
     Their attention weights, of each for each, would fill the memory.
     """
-    model = _build_frozen(previous)
+    model = _build_whole(previous)
     if model.cross_attention is None:
         model.config.guide_loss_weight = 0.0
         model.set_attn_implementation({"text_config": "sdpa"})
     return model
 
 
-def _save_reader(model: nn.Module, folder: Path) -> None:
+def save_reader(model: nn.Module, folder: Path) -> None:
     """Weights with everything that `from_pretrained` needs."""
     processor = build_processor(SlicingConfig.from_dict(model.config.slicing), model.config.connector)
     model.stop_as(processor.tokenizer)
@@ -172,11 +172,11 @@ def _save_reader(model: nn.Module, folder: Path) -> None:
 
 
 def _save_for_use(model: nn.Module, folder: Path) -> None:
-    """As `_save_reader`, in bf16 and without what only training needs."""
+    """As `save_reader`, in bf16 and without what only training needs."""
     model.config.dense_loss_weight = 0.0
     model.config.guide_loss_weight = 0.0
     model.dense_head = None
-    _save_reader(model.to(torch.bfloat16), folder)
+    save_reader(model.to(torch.bfloat16), folder)
 
 
 _COMMON = {
@@ -299,9 +299,19 @@ BROAD = [
 # Pictures beyond a megapixel are shrunk to it, print included.
 LARGE = [
     Curriculum(
-        13_600,
-        TaskConfig(megapixels=(0.03, 1.5), font_px=(10, 90), max_questions=5),
-        {"read": 0.35, "count": 0.65},
+        12_800,
+        TaskConfig(
+            megapixels=(0.03, 1.2),
+            num_lines=(2, 14),
+            max_answer=500,
+            max_count=30,
+            max_questions=4,
+            font_px=(10, 80),
+            photo=0.3,
+            matplotlib=0.07,
+            vega=0.04,
+        ),
+        BROAD_TASKS,
     ),
 ]
 
@@ -310,7 +320,7 @@ REAL_SHARES = {
     "count": {"receipt-line": 0.1},
     "wide": {"receipt-line": 0.2},
     "broad": {"receipt-line": 0.08, "receipt-part": 0.1},
-    "large": {"receipt-line": 0.2},
+    "large": {"receipt-line": 0.1, "receipt-part": 0.08, "receipt": 0.08},
 }
 
 
@@ -376,7 +386,7 @@ def nano(
             "logging_steps": 25,
             "save_steps": 50,
         },
-        save=_save_reader,
+        save=save_reader,
         learning_rates={"vision_encoder.": 0.5},
         muon=MATRICES,
     )
@@ -389,7 +399,7 @@ def nano(
             guide=options.pop("guide", True),
             canvas_side=CANVAS_SIDE,
         )
-        model, save = options.pop("model", _build_frozen), options.pop("save", _save_reader)
+        model, save = options.pop("model", _build_frozen), options.pop("save", save_reader)
         learning_rates = options.pop("learning_rates", {})
         arguments = {
             "per_device_train_batch_size": batch[0],
@@ -429,7 +439,9 @@ def nano(
         LARGE,
         (4, 4),
         model=_build_large,
+        dense=tuple(HEADS),
         guide=connector == "cross_attention",
+        learning_rates={"vision_encoder.": 0.5},
         lr_scheduler_type="linear",
         save_steps=10,
         save=_save_for_use,
