@@ -13,7 +13,22 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
+from tokenizers import Tokenizer
+from tokenizers.decoders import ByteLevel as ByteLevelDecoder
+from tokenizers.models import BPE
+from tokenizers.pre_tokenizers import ByteLevel
+from transformers import (
+    CLIPVisionConfig,
+    LlamaConfig,
+    LlavaNextConfig,
+    LlavaNextForConditionalGeneration,
+    LlavaNextImageProcessor,
+    LlavaNextProcessor,
+    PreTrainedTokenizerFast,
+    pipeline,
+)
 
 from vlmslice.counting_test.answerers import (
     ENDPOINT_KEY,
@@ -62,6 +77,74 @@ def test_a_model_of_transformers(saved_model: Path) -> None:
     assert answerer.plan(640, 640, AS_IT_IS) is None
     with pytest.raises(ArmError, match="needs a vlmslice model"):
         answerer.check(Arm("uhd"))
+
+
+CHAT_TEMPLATE = (
+    "{% for message in messages %}{% for part in message['content'] %}"
+    "{% if part['type'] == 'image' %}<image>{% else %}{{ part['text'] }}{% endif %}"
+    "{% endfor %}{% endfor %}{% if add_generation_prompt %} -> {% endif %}"
+)
+
+
+@pytest.fixture(scope="module")
+def llava_next(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of a tiny LLaVA-NeXT in bf16 with its processor, as its users save it."""
+    pieces = {character: number for number, character in enumerate(sorted(ByteLevel.alphabet()))}
+    backend = Tokenizer(BPE(vocab=pieces, merges=[]))
+    backend.pre_tokenizer, backend.decoder = ByteLevel(add_prefix_space=False), ByteLevelDecoder()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<end>", pad_token="<pad>")
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<image>"]})
+    torch.manual_seed(0)
+    config = LlavaNextConfig(
+        vision_config=CLIPVisionConfig(
+            hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2, image_size=56,
+            patch_size=14,
+        ),
+        text_config=LlamaConfig(
+            hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2, vocab_size=len(tokenizer),
+            bos_token_id=None, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
+        ),
+        image_token_index=tokenizer.convert_tokens_to_ids("<image>"),
+        image_grid_pinpoints=[[112, 112], [56, 112], [112, 56]],
+    )  # fmt: skip
+    image_processor = LlavaNextImageProcessor(
+        size={"shortest_edge": 56},
+        crop_size={"height": 56, "width": 56},
+        image_grid_pinpoints=config.image_grid_pinpoints,
+    )
+    processor = LlavaNextProcessor(
+        image_processor,
+        tokenizer,
+        patch_size=14,
+        vision_feature_select_strategy="default",
+        chat_template=CHAT_TEMPLATE,
+        num_additional_image_tokens=1,
+    )
+    folder = tmp_path_factory.mktemp("llava_next")
+    LlavaNextForConditionalGeneration(config).to(torch.bfloat16).save_pretrained(folder)
+    processor.save_pretrained(folder)
+    return folder
+
+
+def test_a_model_of_another_family(llava_next: Path) -> None:
+    """It slices by itself and answers each picture as transformers' own pipeline does."""
+    answerer = TransformersAnswerer(llava_next)
+    ask = pipeline("image-text-to-text", model=str(llava_next))
+    expected = []
+    for picture in PICTURES[:2]:
+        content = [
+            {"type": "image", "image": picture.draw()},
+            {"type": "text", "text": picture.layout.question + " Answer with a number only."},
+        ]
+        [answer] = ask(
+            text=[{"role": "user", "content": content}],
+            max_new_tokens=128,
+            return_full_text=False,
+            generate_kwargs={"do_sample": False},
+        )
+        expected.append(answer["generated_text"])
+    assert answerer.answer(PICTURES[:2], AS_IT_IS) == expected
+    assert answerer.describe()["sha256"]
 
 
 def test_folders_without_a_model(tmp_path: Path) -> None:
