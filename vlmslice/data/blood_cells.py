@@ -46,16 +46,7 @@ def count_blood_cells(
     # Red cells are what there is to count; the others are asked for now and then.
     if rng.random() < 0.4:
         rng.shuffle(turns)
-    first, *others = turns[: rng.randint(1, config.max_questions)]
-    return TaskSample(
-        "cells",
-        scene,
-        first.question,
-        first.answer,
-        points=first.points,
-        mentions=first.mentions,
-        follow_ups=others,
-    )
+    return TaskSample.of_turns("cells", scene, turns[: rng.randint(1, config.max_questions)])
 
 
 def _ask(rng: random.Random, things: str, centers: list[Place]) -> Turn:

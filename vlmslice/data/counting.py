@@ -87,16 +87,7 @@ def with_follow_ups(
     if config.max_questions > 1:
         turns += [_ask_count(rng, scene.shapes, colors) for _ in range(rng.randrange(config.max_questions))]
         rng.shuffle(turns)
-    first, *follow_ups = turns
-    return TaskSample(
-        task,
-        scene,
-        first.question,
-        first.answer,
-        points=first.points,
-        mentions=first.mentions,
-        follow_ups=follow_ups,
-    )
+    return TaskSample.of_turns(task, scene, turns)
 
 
 def _ask_count(rng: random.Random, shapes: Sequence[Shape], colors: Sequence[str]) -> Turn:

@@ -14,7 +14,7 @@ from PIL import Image
 
 from vlmslice.data.fonts import FontLibrary, load_font
 from vlmslice.data.plot_pillow import has_room
-from vlmslice.data.plot_types import Plot, Series, nice_ticks
+from vlmslice.data.plot_types import PALETTE, Plot, Series, nice_ticks
 from vlmslice.data.samples import TaskConfig
 from vlmslice.data.scenes import Region, Scene
 from vlmslice.data.shapes import COLORS
@@ -34,7 +34,6 @@ STYLE_SHEETS = {
 }
 """Style sheets of matplotlib by split."""
 
-_PALETTE = ("red", "green", "blue", "orange", "purple", "brown", "pink", "gray")
 _DPI = 100
 
 
@@ -51,7 +50,7 @@ def draw_with_matplotlib(
     size = max(9, min(30, round(min(height / 17, width / 24) * rng.uniform(0.85, 1.1))))
     font = fonts.draw(rng, size)
     number = len(plot.categories) if plot.kind == "pie" else len(plot.series)
-    names = rng.sample(_PALETTE, number)
+    names = rng.sample(PALETTE, number)
     with matplotlib.rc_context(), style.context(["default", sheet]):
         figure = Figure(figsize=(width / _DPI, height / _DPI), dpi=_DPI)
         canvas = FigureCanvasAgg(figure)

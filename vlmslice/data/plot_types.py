@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+PALETTE = ("red", "green", "blue", "orange", "purple", "brown", "pink", "gray")
+"""Colours of series where a library draws; names of `shapes.COLORS`."""
 KINDS = ("bar", "horizontal", "grouped", "stacked", "line", "pie", "scatter")
 
 

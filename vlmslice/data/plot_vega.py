@@ -18,7 +18,7 @@ from PIL import Image
 
 from vlmslice.data.fonts import FontLibrary, load_font
 from vlmslice.data.plot_pillow import has_room
-from vlmslice.data.plot_types import Plot
+from vlmslice.data.plot_types import PALETTE, Plot
 from vlmslice.data.samples import TaskConfig
 from vlmslice.data.scenes import Box, Region, Scene
 from vlmslice.data.shapes import COLORS
@@ -30,7 +30,6 @@ THEMES = {
 }
 """Themes of Vega by split."""
 
-_PALETTE = ("red", "green", "blue", "orange", "purple", "brown", "pink", "gray")
 _MARKS = {"rect": "bar", "symbol": "point", "arc": "wedge"}
 _BASELINES = {"top": 0.79, "middle": 0.30, "bottom": -0.21, "alphabetic": 0.0}
 """How far the baseline of a text lies below its place, in ems, as Vega has it."""
@@ -45,7 +44,7 @@ def draw_with_vega(
     theme = rng.choice(THEMES[config.split])
     size = max(9, min(30, round(min(height / 17, width / 24) * rng.uniform(0.85, 1.1))))
     font = _regular_font(rng, fonts, size)
-    names = rng.sample(_PALETTE, len(plot.categories) if plot.kind == "pie" else len(plot.series))
+    names = rng.sample(PALETTE, len(plot.categories) if plot.kind == "pie" else len(plot.series))
     spec = _Chart(rng, plot, font, names, theme == "dark", height, width).spec()
     # Compiled once, for the picture and for the places.
     options: Any = {} if theme == "default" else {"theme": theme}

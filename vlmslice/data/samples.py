@@ -108,6 +108,20 @@ class TaskSample:
     mentions: list[Mention] = field(default_factory=list)
     follow_ups: list[Turn] = field(default_factory=list)
 
+    @classmethod
+    def of_turns(cls, task: str, scene: Scene, turns: Sequence[Turn]) -> TaskSample:
+        first, *others = turns
+        return cls(
+            task,
+            scene,
+            first.question,
+            first.answer,
+            first.places,
+            first.points,
+            first.mentions,
+            list(others),
+        )
+
     @property
     def turns(self) -> list[Turn]:
         first = Turn(self.question, self.answer, self.places, self.points, self.mentions)
