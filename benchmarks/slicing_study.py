@@ -488,10 +488,10 @@ def report(out: Path = Path("runs/slicing-study"), docs: Path = Path("docs")) ->
     (docs / "experiments" / "slicing_study.json").write_text(
         json.dumps({"figures": figures, "training": training}, indent=1)
     )
-    draw(out, docs / "images" / "slicing_study.png")
+    draw(out, balls, docs / "images" / "slicing_study.png")
 
 
-def draw(out: Path, path: Path) -> None:
+def draw(out: Path, balls: dict[str, np.ndarray], path: Path) -> None:
     from matplotlib import pyplot as plt
 
     sides = sorted((*SEEN_SIDES, *NEW_SIDES, *LARGE_SIDES))
@@ -511,8 +511,7 @@ def draw(out: Path, path: Path) -> None:
             [line] = axis.plot(x, mean, marker="o", markersize=4, label=arm)
             low, high = (scale * np.array([getattr(f, name) for f in figures]) for name in ("low", "high"))
             axis.fill_between(x, low, high, color=line.get_color(), alpha=0.15, linewidth=0)
-        nine = read_values(out, arm, [f"balls/{side}" for side in BALL_SIDES], counted)
-        axes[1, 0].plot(BALL_SIDES, nine.mean(axis=0), color=line.get_color(), label=arm)
+        axes[1, 0].plot(BALL_SIDES, balls[arm].mean(axis=0), color=line.get_color(), label=arm)
     axes[1, 0].axhline(9, color="black", linewidth=0.8)
     titles = (
         "exact counts, %",

@@ -10,7 +10,6 @@ from torch import nn
 
 from recipes.nano import CANVAS_SIDE, build_processor, nano, save_reader
 from vlmslice import VlmSliceConfig, VlmSliceForConditionalGeneration
-from vlmslice.data.dense import HEADS
 from vlmslice.data.fonts import FontLibrary
 from vlmslice.data.task_collator import TaskCollator
 from vlmslice.data.tasks import Curriculum, TaskConfig, TaskDataset
@@ -58,9 +57,7 @@ def widen(model: Path = BUNDLED_MODEL, data_root: Path | None = None) -> list[St
         name="head",
         model=partial(_build_head, model),
         dataset=TaskDataset(_HEAD, FontLibrary("train"), group=32, name="head"),
-        collator=TaskCollator(
-            build_processor(), dense=tuple(HEADS), guide=False, points=True, canvas_side=CANVAS_SIDE
-        ),
+        collator=TaskCollator(build_processor(), guide=False, canvas_side=CANVAS_SIDE),
         arguments=broad.arguments
         | {
             "per_device_train_batch_size": 16,

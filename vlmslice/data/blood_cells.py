@@ -119,10 +119,16 @@ class _Smear:
         for _ in range(60):
             y = self.rng.uniform(-0.4 * radius, self.height + 0.4 * radius)
             x = self.rng.uniform(-0.4 * radius, self.width + 0.4 * radius)
-            if all(math.hypot(y - v, x - u) >= max(near * (radius + r), _APART) for v, u, r in self.taken):
-                self.taken.append((y, x, radius))
+            if self._take(y, x, radius, near):
                 return y, x
         return None
+
+    def _take(self, y: float, x: float, radius: float, near: float) -> bool:
+        """Puts a cell there unless another one is nearer than `near` of the sum of their radii."""
+        has_room = all(math.hypot(y - v, x - u) >= max(near * (radius + r), _APART) for v, u, r in self.taken)
+        if has_room:
+            self.taken.append((y, x, radius))
+        return has_room
 
     def draw_red(self, most: int) -> list[Shape]:
         """Red cells, alone, in heaps and in rolls; what is seen of those that count."""
@@ -157,10 +163,7 @@ class _Smear:
                 -0.3 * radius < y < self.height + 0.3 * radius
                 and -0.3 * radius < x < self.width + 0.3 * radius
             )
-            if inside and all(
-                math.hypot(y - b, x - a) >= max(0.45 * (radius + c), _APART) for b, a, c in self.taken
-            ):
-                self.taken.append((y, x, radius))
+            if inside and self._take(y, x, radius, 0.45):
                 return y, x
         return None
 
