@@ -65,6 +65,10 @@ def test_speed_as_a_user_runs_it():
     [
         (("preview", "--task", "recipt", "-o", "x.png"), r"no task 'recipt'; .* did you mean 'receipt'\?"),
         (("preview", "-o", "x.doc"), "cannot write a picture to 'x.doc'"),
+        (
+            ("preview", "--data-root", ".", "--task", "receipt-pages", "-o", "x.png"),
+            r"no set 'receipt-pages'.*did you mean 'receipt-page'",
+        ),
         (("speed", "--split", "test"), "--split is 'test'.*expected train or eval"),
     ],
 )

@@ -35,7 +35,7 @@ def data_root(tmp_path, draw_image) -> Path:
             row = {"image": f"cells{i}.png", "question": "How many?", "answer": i, "source": source}
             rows["cells"].append(row)
     for name, file_name in FILES.items():
-        if name == "receipt-part":
+        if name in ("receipt-part", "receipt-page"):
             continue  # of the file of `receipt-line`
         (tmp_path / file_name).write_text("\n".join(map(json.dumps, rows[name])) + "\n")
     return tmp_path
@@ -87,7 +87,7 @@ def test_lines_are_cropped_with_a_margin(data_root):
     for sample in RealDataset(data_root, ["receipt-line"]):
         height, width = sample.scene.image.height, sample.scene.image.width
         assert 12 <= height <= 20 and 40 <= width <= 48
-        [line] = sample.scene.regions
+        [line] = [region for region in sample.scene.regions if region.kind == "line"]
         top, left, bottom, right = line.box
         assert (bottom - top, right - left) == (12, 40)
         assert top >= 0 and bottom <= height and left >= 0 and right <= width
@@ -103,6 +103,25 @@ def test_rows_of_a_receipt_in_the_order_of_reading(data_root):
     # The price starts lower than the name, which yet belongs to its row.
     assert price.answer == name.answer == "NAME PRICE\nTOTAL"
     assert name.scene.image.width < 100 and not name.scene.is_listed
+    [page] = RealDataset(data_root, ["receipt-page"])
+    assert page.answer == "NAME PRICE\nTOTAL" and page.scene.image.size == (60, 100)
+
+
+def test_answers_are_shown_where_they_are_printed(data_root):
+    """Characters lie evenly in the box of their line, and a field of the record in the line that says it."""
+    image = next(row["image"] for _, row in RealDataset(data_root, ["receipt"])._entries)
+    company = next(row["answer"]["company"] for _, row in RealDataset(data_root, ["receipt"])._entries)
+    lines = [(company, 10, 0, 90, 10), ("DATE 1/2/2020", 20, 20, 85, 30)]
+    rows = [{"image": image, "bbox": box, "answer": text} for text, *box in lines]
+    (data_root / FILES["receipt-line"]).write_text("\n".join(map(json.dumps, rows)))
+    [page] = RealDataset(data_root, ["receipt-page"])
+    assert [place for [place] in page.places[-8:]] == [(25.0, 47.5 + 5 * i) for i in range(8)]
+    assert page.places[len(company)] == [] and page.places[0] == [(5.0, 10 + 40 / len(company))]
+    record = RealDataset(data_root, ["receipt"])[0]
+    for field, left in ((company, 10), ("1/2/2020", 45)):
+        if field in record.answer:
+            [(_, x)] = record.places[record.answer.index(field)]
+            assert left < x < left + 5
 
 
 @pytest.mark.parametrize(

@@ -320,7 +320,13 @@ REAL_SHARES = {
     "count": {"receipt-line": 0.1},
     "wide": {"receipt-line": 0.2},
     "broad": {"receipt-line": 0.08, "receipt-part": 0.1},
-    "large": {"receipt-line": 0.1, "receipt-part": 0.08, "receipt": 0.08},
+    "large": {
+        "receipt-line": 0.08,
+        "receipt-part": 0.08,
+        "receipt-page": 0.08,
+        "receipt": 0.08,
+        "cells": 0.02,
+    },
 }
 
 

@@ -52,18 +52,29 @@ def preview(
     megapixels: _Megapixels = (0.06, 0.4),
     max_count: Annotated[int, typer.Option(min=1, help="Most things to count.")] = 20,
     split: _Split = "train",
+    data_root: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FOLDER", help="Draw from the real sets of this folder; --task then names some of them."
+        ),
+    ] = None,
 ) -> None:
     """Draw a contact sheet of samples with question and answer.
 
     - `vlmslice data preview --task receipt --task plot -o sheet.png`
     - `vlmslice data preview -o sheet.png --num 2 --boxes --split eval`
+    - `vlmslice data preview --data-root DATA --task receipt-page -o sheet.png --boxes`
     """
-    from vlmslice.data.preview import contact_sheet, draw_samples
+    from vlmslice.data.preview import contact_sheet, draw_real_samples, draw_samples
+    from vlmslice.data.real_data import FILES
     from vlmslice.data.tasks import TASKS
 
     [path] = picture_paths(output, 1)
     config, fonts = _data_config(split, megapixels, max_count)
-    streams = [draw_samples(name, num, config, fonts, seed) for name in task or TASKS]
+    if data_root is None:
+        streams = [draw_samples(name, num, config, fonts, seed) for name in task or TASKS]
+    else:
+        streams = [draw_real_samples(name, num, data_root, split, seed) for name in task or FILES]
     samples = [sample for stream in streams for sample in stream]
     save_picture(contact_sheet(samples, columns=min(4, len(samples)), tile=tile, boxes=boxes), path)
     print_note(f"{len(samples)} samples drawn to {path}")

@@ -1,13 +1,15 @@
-"""Contact sheets of rendered samples, with question, answer and the dense truth, and what each task costs."""
+"""Contact sheets of rendered and real samples, with question, answer and the dense truth, and what each task costs."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont
 
 from vlmslice.data.fonts import FontLibrary, load_font, matplotlib_font_dir
+from vlmslice.data.real_data import RealDataset
 from vlmslice.data.samples import TaskConfig, TaskSample
 from vlmslice.data.scenes import Scene
 from vlmslice.data.tasks import TASKS, Curriculum, TaskDataset
@@ -41,6 +43,16 @@ def draw_samples(
         [Curriculum(num_samples, config, {task: 1.0})], fonts, seed, group=1, name=f"preview-{task}"
     )
     return (dataset[i] for i in range(num_samples))
+
+
+def draw_real_samples(
+    name: str, num_samples: int, data_root: Path, split: str = "train", seed: int = 0
+) -> Iterator[TaskSample]:
+    """The first samples of a real set of `RealDataset`, shuffled; all of them if there are fewer."""
+    from vlmslice.data.mixture import ShuffledDataset  # loads torch
+
+    dataset = ShuffledDataset(RealDataset(data_root, [name], split, seed), seed)
+    return (dataset[i] for i in range(min(num_samples, len(dataset))))
 
 
 def contact_sheet(

@@ -22,12 +22,14 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+from vlmslice.data.answer_places import locate_answer
 from vlmslice.data.flowcharts import QUESTIONS as FLOWCHART_QUESTIONS
 from vlmslice.data.receipts import QUESTIONS as RECEIPT_QUESTIONS
 from vlmslice.data.receipts import compact_json
 from vlmslice.data.samples import TaskSample
-from vlmslice.data.scenes import Region, Scene, sample_rng
+from vlmslice.data.scenes import Scene, sample_rng
 from vlmslice.data.tables import HTML_QUESTIONS
+from vlmslice.data.typesetting import add_evenly
 from vlmslice.errors import VlmSliceError, suggestion
 from vlmslice.image_loading import load_image
 
@@ -39,11 +41,13 @@ FILES = {
     "receipt": "receipts.jsonl",
     "receipt-line": "receipt_lines.jsonl",
     "receipt-part": "receipt_lines.jsonl",
+    "receipt-page": "receipt_lines.jsonl",
     "cells": "counting.jsonl",
     "table": "tables.jsonl",
     "flowchart": "flowcharts.jsonl",
 }
-"""Sets that may train weights, and their files; `receipt-part` shows a few printed rows of a receipt at once."""
+"""Sets that may train weights, and their files; `receipt-part` shows a few printed rows of a receipt at once, and
+`receipt-page` all of it."""
 
 EVALUATION_ONLY = ("chartqa", "forms", "pages")
 """Sets whose licence, or the lack of one, forbids training."""
@@ -92,19 +96,28 @@ def _rows(root: Path, name: str) -> Iterable[Row]:
         rows = [json.loads(line) for line in lines if line.strip()]
     if name == "receipt-part":
         return _following_lines(rows)
+    if name == "receipt-page":
+        return [{"image": image, "lines": lines} for image, lines in _by_image(rows).items()]
+    if name == "receipt" and (root / FILES["receipt-line"]).is_file():
+        printed = _by_image(_rows(root, "receipt-line"))
+        return [row | {"lines": printed.get(row["image"], [])} for row in rows]
     return [row for row in rows if name != "cells" or row["source"] == "bccd"]
 
 
 def _following_lines(lines: list[Row]) -> list[Row]:
     """For each line of a receipt, `lines`: this one and all that are printed below it or beside it."""
+    return [
+        {"image": image, "lines": [other for other in of_one if _middle(other) >= line["bbox"][1]]}
+        for image, of_one in _by_image(lines).items()
+        for line in of_one
+    ]
+
+
+def _by_image(lines: Iterable[Row]) -> dict[str, list[Row]]:
     of_image: dict[str, list[Row]] = {}
     for line in lines:
         of_image.setdefault(line["image"], []).append(line)
-    return [
-        {"image": image, "lines": [other for other in of_one if _middle(other) >= line["bbox"][1]]}
-        for image, of_one in of_image.items()
-        for line in of_one
-    ]
+    return of_image
 
 
 def _middle(line: Row) -> float:
@@ -114,7 +127,8 @@ def _middle(line: Row) -> float:
 class RealDataset(Sequence[TaskSample]):
     """Samples of real sets, in the order of the files; images are loaded when a sample is asked for.
 
-    Which question is asked and how a line is cropped is drawn from seed and index, as in rendered tasks.
+    Which question is asked and how a line is cropped is drawn from seed and index, as in rendered tasks. Where the box
+    of a printed line is known, its characters are taken to be spread evenly over it, to tell where an answer stands.
 
     Args:
         data_root: folder of the JSONL files.
@@ -152,7 +166,9 @@ class RealDataset(Sequence[TaskSample]):
         name, row = self._entries[index]
         image = load_image(self.root / row["image"])
         rng = sample_rng(self.seed, f"real-{name}", range(len(self))[index])
-        return _READERS[name](rng, row, Scene(image, is_listed=False))
+        sample = _READERS[name](rng, row, Scene(image, is_listed=False))
+        sample.places = locate_answer(sample.answer, sample.scene)
+        return sample
 
 
 def _read_receipt(rng: random.Random, row: Row, scene: Scene) -> TaskSample:
@@ -160,6 +176,7 @@ def _read_receipt(rng: random.Random, row: Row, scene: Scene) -> TaskSample:
     kind = rng.choice(["json", "json", *(name for name in fields if name in RECEIPT_QUESTIONS)])
     record = {name: fields.get(name, "") for name in ("company", "date", "address", "total")}
     answer = compact_json(record) if kind == "json" else fields[kind]
+    _add_lines(scene, [line for printed in _printed_rows(row.get("lines", ())) for line in printed])
     return TaskSample("receipt", scene, rng.choice(RECEIPT_QUESTIONS[kind]), answer)
 
 
@@ -167,47 +184,60 @@ def _read_receipt_line(rng: random.Random, row: Row, scene: Scene) -> TaskSample
     """The crop of one line, with up to a third of its height as margin."""
     left, top, right, bottom = row["bbox"]
     room = (bottom - top) / 3
-    crop_left, crop_top = (
-        max(0, round(left - rng.uniform(0, room))),
-        max(0, round(top - rng.uniform(0, room))),
-    )
-    crop_right = min(scene.image.width, round(right + rng.uniform(0, room)))
-    crop_bottom = min(scene.image.height, round(bottom + rng.uniform(0, room)))
-    crop = scene.image.crop(
-        (crop_left, crop_top, max(crop_right, crop_left + 1), max(crop_bottom, crop_top + 1))
-    )
-    box = (top - crop_top, left - crop_left, bottom - crop_top, right - crop_left)
-    lines = [Region("line", row["answer"], box)]
-    return TaskSample(
-        "read", Scene(crop, regions=lines, is_listed=False), rng.choice(LINE_QUESTIONS), row["answer"]
-    )
+    margins = [rng.uniform(0, room) for _ in range(4)]
+    crop = _crop(scene, [row], *margins)
+    return TaskSample("read", crop, rng.choice(LINE_QUESTIONS), row["answer"])
 
 
 def _read_receipt_part(rng: random.Random, row: Row, scene: Scene) -> TaskSample:
     """The first few of the printed rows of `row`, as wide as the print; lines side by side are joined by a space."""
+    printed = _printed_rows(row["lines"])[: rng.randint(2, _MOST_ROWS)]
+    lines = [line for lines in printed for line in lines]
+    _, first_top, _, first_bottom = lines[0]["bbox"]
+    margin = (first_bottom - first_top) * rng.uniform(0.1, 0.4)
+    crop = _crop(scene, lines, *[margin] * 4)
+    return TaskSample("read", crop, rng.choice(PART_QUESTIONS), _join(printed))
+
+
+def _read_receipt_page(rng: random.Random, row: Row, scene: Scene) -> TaskSample:
+    printed = _printed_rows(row["lines"])
+    _add_lines(scene, [line for lines in printed for line in lines])
+    return TaskSample("read", scene, rng.choice(PART_QUESTIONS), _join(printed))
+
+
+def _printed_rows(lines: Iterable[Row]) -> list[list[Row]]:
+    """Lines from the top down, those side by side together from left to right."""
     printed: list[list[Row]] = []
-    for line in sorted(row["lines"], key=_middle):
+    for line in sorted(lines, key=_middle):
         if printed and _middle(line) < printed[-1][0]["bbox"][3]:
             printed[-1].append(line)
         else:
             printed.append([line])
-    printed = printed[: rng.randint(2, _MOST_ROWS)]
-    boxes = [line["bbox"] for lines in printed for line in lines]
-    margin = round((boxes[0][3] - boxes[0][1]) * rng.uniform(0.1, 0.4))
-    left, right = min(box[0] for box in boxes), max(box[2] for box in boxes)
-    top, bottom = min(box[1] for box in boxes), max(box[3] for box in boxes)
-    crop = scene.image.crop(
-        (
-            max(0, left - margin),
-            max(0, top - margin),
-            min(scene.image.width, right + margin),
-            min(scene.image.height, bottom + margin),
-        )
-    )
-    rows = (
-        " ".join(line["answer"] for line in sorted(lines, key=lambda x: x["bbox"][0])) for lines in printed
-    )
-    return TaskSample("read", Scene(crop, is_listed=False), rng.choice(PART_QUESTIONS), "\n".join(rows))
+    return [sorted(of_row, key=lambda line: line["bbox"][0]) for of_row in printed]
+
+
+def _join(printed: list[list[Row]]) -> str:
+    return "\n".join(" ".join(line["answer"] for line in of_row) for of_row in printed)
+
+
+def _crop(scene: Scene, lines: Sequence[Row], left: float, top: float, right: float, bottom: float) -> Scene:
+    """The part of a picture that shows `lines`, with so much margin on each side as there is room for."""
+    boxes = [line["bbox"] for line in lines]
+    crop_left = max(0, round(min(box[0] for box in boxes) - left))
+    crop_top = max(0, round(min(box[1] for box in boxes) - top))
+    crop_right = min(scene.image.width, round(max(box[2] for box in boxes) + right))
+    crop_bottom = min(scene.image.height, round(max(box[3] for box in boxes) + bottom))
+    box = crop_left, crop_top, max(crop_right, crop_left + 1), max(crop_bottom, crop_top + 1)
+    crop = Scene(scene.image.crop(box), is_listed=False)
+    _add_lines(crop, lines, crop_top, crop_left)
+    return crop
+
+
+def _add_lines(scene: Scene, lines: Iterable[Row], crop_top: float = 0.0, crop_left: float = 0.0) -> None:
+    for line in lines:
+        left, top, right, bottom = line["bbox"]
+        box = (top - crop_top, left - crop_left, bottom - crop_top, right - crop_left)
+        add_evenly(scene, line["answer"], box)
 
 
 def _count_cells(rng: random.Random, row: Row, scene: Scene) -> TaskSample:
@@ -230,6 +260,7 @@ _READERS: dict[str, Callable[[random.Random, Row, Scene], TaskSample]] = {
     "receipt": _read_receipt,
     "receipt-line": _read_receipt_line,
     "receipt-part": _read_receipt_part,
+    "receipt-page": _read_receipt_page,
     "cells": _count_cells,
     "table": _read_table,
     "flowchart": _read_flowchart,

@@ -66,7 +66,10 @@ class Region:
 
 @dataclass
 class Scene:
-    """A picture and what is on it; of a photograph, whose glyphs and shapes nobody listed, `is_listed` is False."""
+    """A picture and what is on it.
+
+    Of a photograph `is_listed` is False: nobody listed all that is on it, and the boxes of glyphs are estimates.
+    """
 
     image: Image.Image
     glyphs: list[Glyph] = field(default_factory=list)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 from PIL import ImageDraw, ImageFont
 
@@ -91,11 +91,21 @@ def add_text(
             scene.glyphs.append(Glyph(character, boxes[-1]))
         start = end
     if not upwards:
-        places = iter(boxes)
-        for word in text.split():
-            of_word = [next(places) for _ in word]
-            scene.regions.append(Region("word", word, _around(of_word[0], of_word[-1])))
+        scene.regions += _words(text, boxes)
     scene.regions.append(Region("line", text, box(0.0, start)))
+
+
+def add_evenly(scene: Scene, text: str, box: Box) -> None:
+    """Adds the boxes of a line of print of which only the box of the whole is known: characters of one width."""
+    top, left, bottom, right = box
+    step = (right - left) / max(1, len(text))
+    glyphs = [
+        Glyph(character, (top, left + i * step, bottom, left + (i + 1) * step))
+        for i, character in enumerate(text)
+        if not character.isspace()
+    ]
+    scene.glyphs += glyphs
+    scene.regions += [*_words(text, [glyph.box for glyph in glyphs]), Region("line", text, box)]
 
 
 class Pen:
@@ -111,11 +121,7 @@ class Pen:
         """Writes one line of text and returns its box; `kind` names its region."""
         glyphs = draw_line(self.draw, text, font, top, left, ink or self.ink)
         self.scene.glyphs += glyphs
-        boxes = iter(glyph.box for glyph in glyphs)
-        words = []
-        for word in text.split():
-            places = [next(boxes) for _ in word]
-            words.append(Region("word", word, _around(places[0], places[-1])))
+        words = _words(text, [glyph.box for glyph in glyphs])
         box = _around(words[0].box, words[-1].box)
         self.scene.regions += [*words, Region(kind, text, box)]
         return box
@@ -135,6 +141,16 @@ class Pen:
     def mark(self, kind: str, text: str, box: Box, value: float | None = None) -> None:
         """Adds a region that is not a line of text."""
         self.scene.regions.append(Region(kind, text, box, value))
+
+
+def _words(text: str, boxes: Iterable[Box]) -> list[Region]:
+    """The words of a line whose visible characters have these boxes."""
+    places = iter(boxes)
+    words = []
+    for word in text.split():
+        of_word = [next(places) for _ in word]
+        words.append(Region("word", word, _around(of_word[0], of_word[-1])))
+    return words
 
 
 def _around(first: Box, last: Box) -> Box:
