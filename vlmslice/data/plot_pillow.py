@@ -81,9 +81,15 @@ def series_colors(rng: random.Random, number: int, ground: Color) -> list[str]:
 
 
 def draw_with_pillow(
-    rng: random.Random, config: TaskConfig, fonts: FontLibrary, plot: Plot, height: int, width: int
+    rng: random.Random,
+    config: TaskConfig,
+    fonts: FontLibrary,
+    plot: Plot,
+    height: int,
+    width: int,
+    font_px: int | None = None,
 ) -> tuple[Scene, tuple[str, ...]]:
-    """Draws a plot that fills the picture.
+    """Draws a plot that fills the picture, by default in print that suits its size.
 
     Returns:
         The scene, with a region for each mark, and the colour names of the series as `plots.ask` takes them.
@@ -91,8 +97,9 @@ def draw_with_pillow(
     style = rng.choice(STYLES[config.split])
     scene = Scene(Image.new("RGB", (width, height), style.ground))
     pen = Pen(scene, style.ink)
-    size = max(_SMALLEST, min(36, round(min(height / 17, width / 24) * rng.uniform(0.85, 1.15))))
-    font = fonts.draw(rng, size)
+    if font_px is None:
+        font_px = max(_SMALLEST, min(36, round(min(height / 17, width / 24) * rng.uniform(0.85, 1.15))))
+    font = fonts.draw(rng, font_px)
     canvas = _Canvas(rng, style, pen, font, plot, height, width)
     if plot.kind == "pie":
         canvas.draw_pie()

@@ -30,6 +30,7 @@ class Plot:
         categories: one for each value of a series; empty for a scatter plot.
         series: one or several.
         printed: print the value at each mark.
+        topic: what it is about, in words that are printed nowhere; empty if nobody asks by them.
     """
 
     kind: str
@@ -39,6 +40,7 @@ class Plot:
     categories: tuple[str, ...]
     series: tuple[Series, ...]
     printed: bool = False
+    topic: str = ""
 
     @property
     def highest(self) -> float:

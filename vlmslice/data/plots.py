@@ -19,6 +19,8 @@ from vlmslice.data.scenes import Scene, add_camera_effects
 from vlmslice.data.tables import table_to_csv
 
 _MIN_AREA = 240 * 180
+_CROWDED_AREA = 400 * 300
+_CROWDED_PX = (9, 13)
 _MARKS = {"bar": "bar", "horizontal": "bar", "line": "point", "pie": "slice"}
 _PLURALS = {"bar": "bars", "horizontal": "bars", "pie": "slices"}
 
@@ -59,6 +61,46 @@ def random_plot(rng: random.Random, config: TaskConfig, most_categories: int) ->
     return Plot(kind, title, x_label, y_label, categories, series, rng.random() < config.printed_values)
 
 
+def crowded_plot(rng: random.Random, config: TaskConfig, font_px: int, height: int, width: int) -> Plot:
+    """A chart of as many years or names as are legible at `font_px`, as statistics are published.
+
+    It has a topic beside its labels, as people ask for what they know, not for what is printed.
+    """
+    phrases = Phrases(rng, config.split)
+    kind = rng.choice(("bar", "bar", "horizontal", "line", "grouped", "stacked"))
+    is_time = rng.random() < (0.2 if kind == "horizontal" else 0.7)
+    num_series = rng.randint(2, 3) if kind in ("grouped", "stacked") else rng.choice((1, 1, 1, 2))
+    if kind in ("bar", "horizontal"):
+        num_series = 1
+    longest = 4 if is_time else 9
+    if kind == "horizontal":
+        most = int(0.65 * height / (1.5 * font_px))
+    else:
+        # Beside years, values of up to six characters at each mark of a group.
+        characters = max(longest, 5 * num_series if kind == "grouped" else 5)
+        most = int(0.8 * width / (0.65 * characters * font_px))
+    number = rng.randint(max(2, min(24, most) // 2), max(2, min(24, most)))
+    names = phrases.distinct_words(num_series + 2 + (0 if is_time else number), longest)
+    series_names, x_label, y_label = names[:num_series], *names[num_series : num_series + 2]
+    categories = tuple(names[num_series + 2 :])
+    if is_time:
+        first = rng.randint(1960, 2025 - number)
+        categories = tuple(str(first + i) for i in range(number))
+    decimals = rng.choice((0, 0, 1, 2))
+    top = rng.choice((10, 30, 100, 100, 500) if decimals else (50, 100, 500, 2000, 2000))
+    low = max(1, round(0.05 * top * 10**decimals))
+    series = tuple(
+        Series(name, tuple(v / 10**decimals if decimals else v for v in values))
+        for name in series_names
+        if (values := rng.sample(range(low, max(low + number, top * 10**decimals)), number))
+    )
+    topic = " ".join(phrases.word(10) for _ in range(rng.randint(1, 4)))
+    if rng.random() < 0.3:
+        topic += f" in {phrases.capitalized(10)}"
+    title = " ".join([phrases.capitalized(9)] + [phrases.word(8)] * rng.randint(0, 2))
+    return Plot(kind, title, x_label, y_label, categories, series, rng.random() < 0.9, topic)
+
+
 def _shares(rng: random.Random, number: int) -> tuple[float, ...]:
     """Distinct whole percentages of 4 or more with the sum 100."""
     while True:
@@ -80,6 +122,13 @@ def read_plot(
     rng: random.Random, config: TaskConfig, fonts: FontLibrary, height: int, width: int
 ) -> TaskSample:
     """A chart of any kind; see `ask` for the questions. The picture is at most 1.9 times as long as the other side."""
+    # Nothing is drawn from `rng` for a share of 0: the charts of an evaluation stay what they were.
+    if config.crowded and rng.random() < config.crowded:
+        height, width = reshape(height, width, (1 / 1.4, 1.9), _CROWDED_AREA)
+        font_px = rng.randint(*_CROWDED_PX)
+        plot = crowded_plot(rng, config, font_px, height, width)
+        scene, colors = draw_with_pillow(rng, config, fonts, plot, height, width, font_px)
+        return _ask_about(rng, config, plot, scene, colors)
     height, width = reshape(height, width, (1 / 1.6, 1.9), _MIN_AREA)
     plot = random_plot(rng, config, int(width / 55))
     draw = draw_with_pillow
@@ -89,6 +138,12 @@ def read_plot(
     elif chosen < config.matplotlib + config.vega:
         from vlmslice.data.plot_vega import draw_with_vega as draw
     scene, colors = draw(rng, config, fonts, plot, height, width)
+    return _ask_about(rng, config, plot, scene, colors)
+
+
+def _ask_about(
+    rng: random.Random, config: TaskConfig, plot: Plot, scene: Scene, colors: tuple[str, ...]
+) -> TaskSample:
     scene.image = add_camera_effects(rng, scene.image, 0.5)
     sample = ask_several(rng, config, "plot", scene, lambda: ask(rng, plot, colors, config.max_answer))
     turns: list[TaskSample | Turn] = [sample, *sample.follow_ups]
@@ -242,9 +297,31 @@ def _about_one_series(rng: random.Random, plot: Plot) -> list[tuple[str, str]]:
                 (f"What was the lowest {what}?", spell_value(min(values))),
             ],
         ]
+    if plot.topic:
+        options += [
+            _by_topic(plot.topic, names[i], one),
+            _by_topic(plot.topic, names[j], two),
+            [
+                (f"What was the highest {plot.topic}?", spell_value(max(values))),
+                (f"What was the lowest {plot.topic}?", spell_value(min(values))),
+                (f"When or where was the {plot.topic} the highest?", high),
+            ],
+        ] * 3
     if plot.kind in _PLURALS:
         options.append([(f"How many {_PLURALS[plot.kind]} are there?", str(len(values)))])
     return rng.choice(options)
+
+
+def _by_topic(topic: str, name: str, value: str) -> list[tuple[str, str]]:
+    """Questions for the value of `name` as people ask who know what the chart is about."""
+    return [
+        (f"What was the {topic} in {name}?", value),
+        (f"What is the {topic} of {name}?", value),
+        (f"How many {topic} were there in {name}?", value),
+        (f"How much {topic} did {name} have?", value),
+        (f"What percentage of {topic} was in {name}?", value),
+        (f"In {name}, what was the {topic}?", value),
+    ]
 
 
 def _about_several_series(rng: random.Random, plot: Plot) -> list[tuple[str, str]]:
@@ -270,6 +347,11 @@ def _about_several_series(rng: random.Random, plot: Plot) -> list[tuple[str, str
             (f"Which {plot.x_label} has the lowest {series.name}?", low),
         ],
     ]
+    if plot.topic:
+        options += [
+            _by_topic(f"{plot.topic} of {series.name}", name, value),
+            _by_topic(f"{series.name} {plot.topic}", name, value),
+        ] * 3
     if plot.kind == "stacked":
         total = spell_value(round(math.fsum(s.values[i] for s in plot.series), 1))
         options.append([(f"What is the total of {name}?", total)])

@@ -44,6 +44,7 @@ class TaskConfig:
         printed_values: share of charts that print the value at each mark; in others it is read off the axis.
         matplotlib: share of charts drawn by matplotlib, at twenty times the cost of ours.
         vega: share of charts drawn by Vega-Lite, at forty times the cost.
+        crowded: share of charts of many years or names in small print, with questions in words that they do not print.
     """
 
     megapixels: tuple[float, float] = (0.05, 4.0)
@@ -61,6 +62,7 @@ class TaskConfig:
     printed_values: float = 0.7
     matplotlib: float = 0.1
     vega: float = 0.05
+    crowded: float = 0.0
 
 
 @dataclass(frozen=True)
