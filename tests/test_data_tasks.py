@@ -380,6 +380,27 @@ class TestPlots:
                     checked += 1
         assert checked >= 12
 
+    def test_crowded_charts_are_asked_about_by_what_is_not_printed(self):
+        config = dataclasses.replace(PLAIN, crowded=1.0, megapixels=(0.15, 0.3))
+        most = asked = unprinted = 0
+        for sample in samples("plot", 120, config):
+            assert outside(sample.scene) <= 2
+            marks = [region for region in sample.scene.regions if region.value is not None]
+            most = max(most, len(marks))
+            values = {mark.text: mark.value for mark in marks}
+            by_topic = re.search(
+                r"(?:\b(?:in|did|of)|^In) (\w+)(?: have\?|\?|, what was the)", sample.question
+            )
+            if not by_topic or by_topic[1] not in values:
+                continue
+            asked += 1
+            assert float(sample.answer) == values[by_topic[1]]
+            written = " ".join(texts(sample, "word"))
+            unprinted += any(
+                not re.search(rf"\b{word}\b", written) for word in sample.question.rstrip("?").split()[4:]
+            )
+        assert most >= 15 and asked >= 15 and unprinted >= 10
+
     @pytest.mark.parametrize("renderer", ["matplotlib", "vega"])
     def test_other_renderers(self, renderer):
         shares = {"matplotlib": 0.0, "vega": 0.0, renderer: 1.0}

@@ -222,9 +222,9 @@ def ask(rng: random.Random, plot: Plot, colors: tuple[str, ...], max_answer: int
     if plot.kind == "scatter":
         asked += [_about_points(rng, plot)] * 2
     elif len(plot.series) == 1:
-        asked += [_about_one_series(rng, plot)] * 5
+        asked += [_about_one_series(rng, plot)] * (20 if plot.topic else 5)
     else:
-        asked += [_about_several_series(rng, plot)] * 4
+        asked += [_about_several_series(rng, plot)] * (16 if plot.topic else 4)
     if plot.kind != "scatter":
         table = table_to_csv(plot_table(plot))
         if len(table) <= max_answer:
