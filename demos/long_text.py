@@ -41,7 +41,7 @@ def show(
     assistant: Assistant, image: Image.Image, asked: list[tuple[str, str]]
 ) -> tuple[list[tuple[str, Marked]], int, Image.Image]:
     """Each question with its marked answer, the visual tokens of the image, and the picture of all."""
-    answers = [assistant.ask([image], question, max_new_tokens=1024) for question, _ in asked]
+    answers = [assistant.ask([image], question) for question, _ in asked]
     marked = [
         (question, mark_text(answer.text, truth))
         for (question, truth), answer in zip(asked, answers, strict=True)

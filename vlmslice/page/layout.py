@@ -14,7 +14,7 @@ import pandas as pd
 from gradio.data_classes import ImageData
 
 from vlmslice import __version__
-from vlmslice.inference import Assistant
+from vlmslice.inference import MAX_NEW_TOKENS, Assistant
 from vlmslice.page.asking import Moment, ask
 from vlmslice.page.ball_counts import QUESTION, SIDES, BallCount, count_balls, counts_plot, counts_table
 from vlmslice.page.examples import Example
@@ -176,7 +176,7 @@ def _ask_tab(assistant: Assistant, line: Line, examples: Sequence[Example], turn
                 step, most, value=most, step=step, label="Most visual tokens", elem_id="vs-budget"
             )
             longest = gr.Slider(
-                16, 2048, value=1024, step=16, label="Longest answer, tokens", elem_id="vs-longest"
+                16, 2048, value=MAX_NEW_TOKENS, step=16, label="Longest answer, tokens", elem_id="vs-longest"
             )
 
     def show_price(file: str | None, policy: str, budget: float) -> str:
