@@ -445,7 +445,7 @@ def nano(
     large = go_on(
         "large",
         LARGE,
-        (4, 4),
+        (2, 8),  # four whole receipts at once would take 12 GB
         model=_build_large,
         dense=tuple(HEADS),
         guide=connector == "cross_attention",
