@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from PIL import Image
 
 from tests.tiny_models import CONNECTORS, tiny_config, tiny_model, tiny_slicing
 from vlmslice import VlmSliceImageProcessorPil, VlmSliceProcessor
@@ -12,6 +13,7 @@ from vlmslice.data.collator import IGNORED
 from vlmslice.data.counting import plural
 from vlmslice.data.fonts import FontLibrary, matplotlib_font_dir
 from vlmslice.data.samples import TaskSample
+from vlmslice.data.scenes import Scene
 from vlmslice.data.shapes import COLORS
 from vlmslice.data.sight import find_sight
 from vlmslice.data.task_collator import TaskCollator
@@ -137,7 +139,8 @@ class TestPlaces:
                 assert -1e-6 <= y - top <= height + 1e-6 and -1e-6 <= x - left <= width + 1e-6
 
     def test_what_is_not_read_out_has_no_places(self):
-        batch = build_collator()(draw("chart", 2))
+        blank = TaskSample("read", Scene(Image.new("RGB", (64, 48))), "Read this.", "Nothing")
+        batch = build_collator()([blank, blank])
         assert batch["guide_entries"].shape == (0, 4)
 
     @pytest.mark.parametrize("connector", CONNECTORS)

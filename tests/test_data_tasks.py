@@ -40,7 +40,7 @@ from vlmslice.data.shapes import COLORS
 from vlmslice.data.tasks import TASKS, Curriculum, TaskDataset
 from vlmslice.data.text import words
 
-NEW = [name for name in TASKS if name not in ("read", "count", "chart")]
+NEW = [name for name in TASKS if name not in ("read", "count")]
 FIXED_SIZE = ("paragraph", "line", "place", "page", "screenshot", "crowd")
 PLAIN = TaskConfig(
     megapixels=(0.03, 0.15), max_aspect=2, font_px=(10, 30), max_count=20, photo=0, matplotlib=0, vega=0

@@ -50,7 +50,6 @@ SYNTHETIC_TASKS = {
     "paragraph": "ocr-page",
     "count": "count",
     "crowd": "count",
-    "chart": "chart-qa",
     "plot": "chart-qa",
 }
 SYNTHETIC_CONFIGS = dict.fromkeys(SYNTHETIC_TASKS, SYNTHETIC_CONFIG) | {

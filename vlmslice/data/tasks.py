@@ -1,4 +1,4 @@
-"""All rendered tasks by name, two simple ones (read a line, read a bar chart), and their mixture.
+"""All rendered tasks by name, the simplest of them (read a line), and their mixture.
 
 Every task is a function from a random source and a `TaskConfig` to a `TaskSample`; `TaskDataset` mixes them by weight.
 Sample i of a seed is always the same.
@@ -15,7 +15,6 @@ from PIL import ImageDraw
 
 from vlmslice.data.answer_places import locate_answer
 from vlmslice.data.blood_cells import count_blood_cells
-from vlmslice.data.charts import chart_question, chart_scene
 from vlmslice.data.counting import count_shapes
 from vlmslice.data.crowds import count_crowd
 from vlmslice.data.flowcharts import read_flowchart
@@ -23,7 +22,7 @@ from vlmslice.data.fonts import FontLibrary, load_font
 from vlmslice.data.paragraphs import find_line, read_page, read_paragraph, read_place
 from vlmslice.data.plots import read_plot
 from vlmslice.data.receipts import read_receipt
-from vlmslice.data.samples import READ_QUESTIONS, Task, TaskConfig, TaskSample, Turn, find_places, reshape
+from vlmslice.data.samples import READ_QUESTIONS, Task, TaskConfig, TaskSample, Turn, find_places
 from vlmslice.data.scenes import (
     Scene,
     add_camera_effects,
@@ -38,7 +37,7 @@ from vlmslice.data.tables import read_table
 from vlmslice.data.text import random_words
 
 __all__ = [
-    "TASKS", "Curriculum", "Task", "TaskConfig", "TaskDataset", "TaskSample", "picture_size", "read_chart", "read_line",
+    "TASKS", "Curriculum", "Task", "TaskConfig", "TaskDataset", "TaskSample", "picture_size", "read_line",
 ]  # fmt: skip
 
 
@@ -83,20 +82,9 @@ def read_line(
     return TaskSample("read", scene, rng.choice(READ_QUESTIONS), text, find_places(text, glyphs))
 
 
-def read_chart(
-    rng: random.Random, config: TaskConfig, fonts: FontLibrary, height: int, width: int
-) -> TaskSample:
-    """A bar chart with labelled bars, of an aspect ratio of at most 1.8; see `charts`."""
-    height, width = reshape(height, width, (1 / 1.8, 1.8))
-    scene, chart = chart_scene(rng, fonts, height, width, config.split)
-    question, answer = chart_question(rng, chart)
-    return TaskSample("chart", scene, question, answer)
-
-
 TASKS: dict[str, Task] = {
     "read": read_line,
     "count": count_shapes,
-    "chart": read_chart,
     "paragraph": read_paragraph,
     "line": find_line,
     "place": read_place,
