@@ -327,7 +327,6 @@ REAL_SHARES = {
         "receipt-part": 0.08,
         "receipt-page": 0.08,
         "receipt": 0.08,
-        "cells": 0.02,
     },
 }
 
