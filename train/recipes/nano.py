@@ -297,6 +297,22 @@ BROAD = [
     ),
 ]
 
+# Large pictures are what counting has to be taught on: a shape is then wider than what a patch sees around it.
+LARGE_TASKS = {
+    "read": 0.05,
+    "paragraph": 0.09,
+    "line": 0.03,
+    "place": 0.03,
+    "page": 0.05,
+    "receipt": 0.07,
+    "table": 0.03,
+    "screenshot": 0.02,
+    "plot": 0.18,
+    "flowchart": 0.01,
+    "count": 0.22,
+    "crowd": 0.14,
+    "cells": 0.08,
+}
 # Pictures beyond a megapixel are shrunk to it, print included.
 LARGE = [
     Curriculum(
@@ -313,7 +329,7 @@ LARGE = [
             vega=0.04,
             crowded=0.35,
         ),
-        BROAD_TASKS,
+        LARGE_TASKS,
     ),
 ]
 
@@ -323,10 +339,10 @@ REAL_SHARES = {
     "wide": {"receipt-line": 0.2},
     "broad": {"receipt-line": 0.08, "receipt-part": 0.1},
     "large": {
-        "receipt-line": 0.08,
-        "receipt-part": 0.08,
-        "receipt-page": 0.08,
-        "receipt": 0.08,
+        "receipt-line": 0.06,
+        "receipt-part": 0.06,
+        "receipt-page": 0.06,
+        "receipt": 0.06,
     },
 }
 
