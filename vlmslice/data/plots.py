@@ -22,6 +22,18 @@ _MIN_AREA = 240 * 180
 _CROWDED_AREA = 400 * 300
 _CROWDED_PX = (9, 13)
 _MARKS = {"bar": "bar", "horizontal": "bar", "line": "point", "pie": "slice"}
+_KINDS_OF_NAMES = (
+    "country",
+    "company",
+    "city",
+    "region",
+    "brand",
+    "player",
+    "category",
+    "group",
+    "state",
+    "product",
+)
 _PLURALS = {"bar": "bars", "horizontal": "bars", "pie": "slices"}
 
 
@@ -301,11 +313,8 @@ def _about_one_series(rng: random.Random, plot: Plot) -> list[tuple[str, str]]:
         options += [
             _by_topic(plot.topic, names[i], one),
             _by_topic(plot.topic, names[j], two),
-            [
-                (f"What was the highest {plot.topic}?", spell_value(max(values))),
-                (f"What was the lowest {plot.topic}?", spell_value(min(values))),
-                (f"When or where was the {plot.topic} the highest?", high),
-            ],
+            _by_rank(rng, plot.topic, names, values),
+            _by_rank(rng, plot.topic, names, values),
         ] * 3
     if plot.kind in _PLURALS:
         options.append([(f"How many {_PLURALS[plot.kind]} are there?", str(len(values)))])
@@ -322,6 +331,40 @@ def _by_topic(topic: str, name: str, value: str) -> list[tuple[str, str]]:
         (f"What percentage of {topic} was in {name}?", value),
         (f"In {name}, what was the {topic}?", value),
     ]
+
+
+def _by_rank(
+    rng: random.Random, topic: str, names: tuple[str, ...], values: tuple[float, ...]
+) -> list[tuple[str, str]]:
+    """Questions for the name or the value that comes first, second or last; years are asked for as such."""
+    order = sorted(range(len(names)), key=values.__getitem__, reverse=True)
+    which, words = rng.choice(
+        (
+            (order[0], ("highest", "largest", "most")),
+            (order[0], ("highest", "largest", "most")),
+            (order[1], ("second highest", "second largest", "second most")),
+            (order[-1], ("lowest", "smallest", "least")),
+        )
+    )
+    rank, name, value = rng.choice(words), names[which], spell_value(values[which])
+    if names[0].isdecimal():
+        questions = [
+            (f"In what year was the {topic} the {rank}?", name),
+            (f"In which year was the {rank} {topic}?", name),
+            (f"What year had the {rank} {topic}?", name),
+            (f"When was the {topic} the {rank}?", name),
+            (f"In what year was the {topic} {value}?", name),
+        ]
+    else:
+        kind = rng.choice(_KINDS_OF_NAMES)
+        questions = [
+            (f"Which {kind} had the {rank} {topic}?", name),
+            (f"What {kind} had the {rank} number of {topic}?", name),
+            (f"What was the {rank} {topic}?", name),
+            (f"Who had the {rank} {topic}?", name),
+            (f"Which {kind} had a {topic} of {value}?", name),
+        ]
+    return [*questions, (f"What was the value of the {rank} {topic}?", value)]
 
 
 def _about_several_series(rng: random.Random, plot: Plot) -> list[tuple[str, str]]:
