@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import random
+from collections.abc import Callable
 
 from vlmslice.data.answer_places import locate_answer
 from vlmslice.data.fonts import FontLibrary
@@ -18,6 +19,7 @@ from vlmslice.data.samples import Place, TaskConfig, TaskSample, Turn, ask_sever
 from vlmslice.data.scenes import Scene, add_camera_effects
 from vlmslice.data.tables import table_to_csv
 
+_Renderer = Callable[[random.Random, TaskConfig, FontLibrary, Plot, int, int], tuple[Scene, tuple[str, ...]]]
 _MIN_AREA = 240 * 180
 _CROWDED_AREA = 400 * 300
 _CROWDED_PX = (9, 13)
@@ -143,12 +145,16 @@ def read_plot(
         return _ask_about(rng, config, plot, scene, colors)
     height, width = reshape(height, width, (1 / 1.6, 1.9), _MIN_AREA)
     plot = random_plot(rng, config, int(width / 55))
-    draw = draw_with_pillow
+    draw: _Renderer = draw_with_pillow
     chosen = rng.random()
     if chosen < config.matplotlib:
-        from vlmslice.data.plot_matplotlib import draw_with_matplotlib as draw  # half a second to load
+        from vlmslice.data.plot_matplotlib import draw_with_matplotlib  # half a second to load
+
+        draw = draw_with_matplotlib
     elif chosen < config.matplotlib + config.vega:
-        from vlmslice.data.plot_vega import draw_with_vega as draw
+        from vlmslice.data.plot_vega import draw_with_vega
+
+        draw = draw_with_vega
     scene, colors = draw(rng, config, fonts, plot, height, width)
     return _ask_about(rng, config, plot, scene, colors)
 
