@@ -114,12 +114,14 @@ from pathlib import Path
 import torch
 from test_loss_weighting import train_one_step
 from test_packing import SAMPLES, collators, packs_of
+from vlmslice.process_group import leave_process_group
 
 _, packing = collators("spatial_resampler", "square_root")
 # Two rows each, of unlike numbers of samples and answer ids, accumulated.
 packs = packs_of(SAMPLES, [[0, 3], [1], [2, 5], [4]])
 weights = train_one_step(packs, packing, Path(sys.argv[1]), 1, 2)
 torch.save(weights, f"{sys.argv[1]}/weights.pt")
+leave_process_group()
 """
 
 

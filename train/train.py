@@ -175,6 +175,7 @@ def run(
     from transformers.utils.logging import disable_progress_bar
 
     from vlmslice.data.sources import parse_source
+    from vlmslice.process_group import leave_process_group
     from vlmslice.training import run_stage
     from vlmslice.training.decay import decay_stage
 
@@ -240,6 +241,7 @@ def run(
                 )
         if stage.name == only:
             break
+    leave_process_group()
     if os.environ.get("RANK", "0") == "0":
         typer.echo(f"saved: {previous}")
 

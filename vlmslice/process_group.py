@@ -16,3 +16,10 @@ def average_over_processes(values: torch.Tensor) -> torch.Tensor:
         dist.all_reduce(values)
         values /= dist.get_world_size()
     return values
+
+
+def leave_process_group() -> None:
+    """Waits for the other processes, then parts from them; one that ends without it may be aborted at its exit."""
+    if dist.is_initialized():
+        dist.barrier()
+        dist.destroy_process_group()
