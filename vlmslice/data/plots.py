@@ -54,7 +54,7 @@ def random_plot(rng: random.Random, config: TaskConfig, most_categories: int) ->
     if rng.random() < 0.25 and kind not in ("pie", "scatter"):
         first = rng.randint(1950, 2030 - num_categories)
         categories = tuple(str(first + i) for i in range(num_categories))
-    title = " ".join([phrases.capitalized(9)] + [phrases.word(8)] * rng.randint(0, 2))
+    title = _title(rng, phrases)
     if kind == "scatter":
         return Plot(kind, title, x_label, y_label, (), tuple(_cloud(rng, name) for name in series_names))
     if kind == "pie":
@@ -111,8 +111,12 @@ def crowded_plot(rng: random.Random, config: TaskConfig, font_px: int, height: i
     topic = " ".join(phrases.word(10) for _ in range(rng.randint(1, 4)))
     if rng.random() < 0.3:
         topic += f" in {phrases.capitalized(10)}"
-    title = " ".join([phrases.capitalized(9)] + [phrases.word(8)] * rng.randint(0, 2))
+    title = _title(rng, phrases)
     return Plot(kind, title, x_label, y_label, categories, series, rng.random() < 0.9, topic)
+
+
+def _title(rng: random.Random, phrases: Phrases) -> str:
+    return " ".join([phrases.capitalized(9)] + [phrases.word(8)] * rng.randint(0, 2))
 
 
 def _shares(rng: random.Random, number: int) -> tuple[float, ...]:
