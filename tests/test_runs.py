@@ -69,6 +69,16 @@ def test_any_folder_will_do(finished: Path, place: str) -> None:
     assert names == (["answer"] if place.endswith("answer") else ["eye", "answer"])
 
 
+def test_stages_that_began_in_the_same_second(run: Path) -> None:
+    """They are told in their order, whichever of them was written to last."""
+    for path in sorted(run.glob("*/runs/*/events.out.tfevents.*")):
+        name = path.name.split(".")
+        path.rename(path.with_name(".".join([*name[:3], "1700000000", *name[4:]])))
+    for stage in ("answer", "eye"):
+        (run / stage / "trainer_state.json").touch()
+        assert [record.stage for record in find_runs(run)] == ["eye", "answer"]
+
+
 def test_all_processes_are_counted(finished: Path) -> None:
     """Tokens per sample are the same figure as in the log of one process, whatever the time."""
     entry = history_of(finished / "tiny" / "eye")[2]

@@ -140,13 +140,14 @@ def _times(folder: Path) -> Iterator[float]:
                 yield path.stat().st_mtime
 
 
-def _began(folder: Path) -> tuple[float, float]:
-    """The time in the name of the first tensorboard log, `events.out.tfevents.TIME.HOST...`; else of any file.
+def _began(folder: Path) -> tuple[float, int]:
+    """The time in the name of the first tensorboard log; without a log, that of the oldest file.
 
-    These are whole seconds, in which two small stages may begin: the one that ended first then comes first.
+    The names are `events.out.tfevents.TIME.HOST.PROCESS.NUMBER`. TIME is in whole seconds, in which two small stages
+    may begin; NUMBER counts the logs of a process.
     """
-    logs = [path.name for path in folder.glob("runs/*/events.out.tfevents.*")]
-    return min([float(name.split(".")[3]) for name in logs] or _times(folder)), max(_times(folder))
+    parts = [path.name.split(".") for path in folder.glob("runs/*/events.out.tfevents.*")]
+    return min([(float(part[3]), int(part[-1])) for part in parts] or [(min(_times(folder)), 0)])
 
 
 def run_lines(records: list[StageRecord], now: datetime) -> tuple[list[str], list[list[str]]]:
