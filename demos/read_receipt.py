@@ -5,6 +5,7 @@ The receipt is rendered, in words and a font that training has not seen, or it i
 
 from pathlib import Path
 
+from vlmslice.answer_schemas import RECEIPT_SCHEMA
 from vlmslice.data.receipts import QUESTIONS
 from vlmslice.demonstration import (
     Exhibit,
@@ -38,7 +39,7 @@ def main(
     - `python demos/read_receipt.py --seed 5`
     - `python demos/read_receipt.py receipt.jpg --picture read.png`
     """
-    show_exhibit(image, QUESTION, lambda: render(seed), mark_fields, picture, model)
+    show_exhibit(image, QUESTION, lambda: render(seed), mark_fields, picture, model, RECEIPT_SCHEMA)
 
 
 if __name__ == "__main__":

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 import typer
 
 from vlmslice import __version__
+from vlmslice.answer_schemas import read_answer_schema
 from vlmslice.command_line import (
     UserError,
     picture_paths,
@@ -100,6 +101,15 @@ def ask(
     policy: _Policy = None,
     max_visual_tokens: _MaxVisualTokens = None,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Most tokens of the answer.")] = 1024,
+    fields: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME,NAME", help="Hold the answer to a JSON object of these fields, all texts."
+        ),
+    ] = None,
+    json_schema: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Hold the answer to JSON of the schema in this file.")
+    ] = None,
     model: _Model = None,
 ) -> None:
     """Ask about images; the answer streams as it is made.
@@ -108,6 +118,7 @@ def ask(
     - `vlmslice ask chart.png "Which bar is tallest?" --show-slices out.png`
     - `vlmslice ask one.png two.png "What do they say?" --json`
     - `cat shapes.png | vlmslice ask - "How many circles are there?"`
+    - `vlmslice ask receipt.png "Give the date and total as JSON." --fields date,total`
 
     Where the answer points at a single image, as counts do, `--show-slices` draws the points, too.
 
@@ -123,6 +134,7 @@ def ask(
         raise UserError("- stands for standard input and can be given once; save the other image to a file")
     pictures = [load_image(sys.stdin.buffer if image == "-" else image) for image in images]
     outputs = picture_paths(show_slices, len(pictures)) if show_slices else []
+    schema = read_answer_schema(fields, json_schema)
 
     from transformers.utils.logging import disable_progress_bar
 
@@ -137,6 +149,7 @@ def ask(
         policy=policy,
         max_visual_tokens=max_visual_tokens,
         max_new_tokens=max_new_tokens,
+        json_schema=schema,
         on_text=None if as_json else _print_piece,
     )
     seconds = {"load": loaded - start, **answer.seconds}
@@ -258,6 +271,9 @@ def evaluate_command(
         list[str] | None,
         typer.Option(metavar="PEER", help="Score `tesseract` or `rapidocr` on the OCR rows too; repeatable."),
     ] = None,
+    free_form: Annotated[
+        bool, typer.Option("--free-form", help="Do not hold answers that should be JSON to their schema.")
+    ] = False,
     restart: Annotated[
         bool, typer.Option("--restart", help="Delete what an earlier run left in the folder.")
     ] = False,
@@ -286,7 +302,7 @@ def evaluate_command(
     peers = [load_peer(name) for name in dict.fromkeys(peer or ())]
     opened = open_suite(suite, data_root=data_root, limit=limit, parts=part)
     folder = out or Path("runs", "eval", f"{model_name}-{opened.name}")
-    options = EvaluationOptions(policy, max_visual_tokens, max_new_tokens, batch_size)
+    options = EvaluationOptions(policy, max_visual_tokens, max_new_tokens, free_form, batch_size)
     results = evaluate(model, opened, folder, options=options, peers=peers, restart=restart)
     if as_json:
         print_json(results)

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, NoReturn
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 
@@ -206,15 +206,20 @@ def load_assistant(model: str | None) -> Assistant:
 
 
 def ask_and_mark(
-    assistant: Assistant, exhibit: Exhibit, mark: Callable[[str, str | None], Marked]
+    assistant: Assistant,
+    exhibit: Exhibit,
+    mark: Callable[[str, str | None], Marked],
+    json_schema: dict[str, Any] | None = None,
 ) -> tuple[str, Marked, Image.Image]:
     """The answer about an exhibit, its marks, and the picture of both.
 
-    `mark`: compares an answer with its truth, see `marking`.
+    `mark`: compares an answer with its truth, see `marking`. `json_schema`: what the answer is held to.
     """
     from vlmslice.answer_sheet import draw_answer_sheet
 
-    answer = assistant.ask([exhibit.image], exhibit.question, max_new_tokens=512).text
+    answer = assistant.ask(
+        [exhibit.image], exhibit.question, max_new_tokens=512, json_schema=json_schema
+    ).text
     marked = mark(answer, exhibit.truth)
     return answer, marked, draw_answer_sheet(exhibit.image, [(exhibit.question, marked)])
 
@@ -226,6 +231,7 @@ def show_exhibit(
     mark: Callable[[str, str | None], Marked],
     picture: Path,
     model: str | None,
+    json_schema: dict[str, Any] | None = None,
 ) -> None:
     """Asks about an image file or a rendered exhibit, prints the answer and how right it is, and draws both.
 
@@ -236,10 +242,11 @@ def show_exhibit(
         mark: Compares an answer with its truth, see `marking`.
         picture: Where the picture goes.
         model: Folder of a saved model, by default the bundled one.
+        json_schema: What the answer is held to.
     """
     check_picture(picture)
     exhibit = open_exhibit(image, question, render)
-    answer, marked, drawn = ask_and_mark(load_assistant(model), exhibit, mark)
+    answer, marked, drawn = ask_and_mark(load_assistant(model), exhibit, mark, json_schema)
     print(answer)
     print(marked.summary)
     hand_over(drawn, picture)

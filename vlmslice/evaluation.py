@@ -42,7 +42,7 @@ from vlmslice.run_folder import (
     write_json,
     write_text,
 )
-from vlmslice.suites import DEFAULT_QUESTIONS, OCR_TASKS, Sample, Suite
+from vlmslice.suites import ANSWER_SCHEMAS, DEFAULT_QUESTIONS, OCR_TASKS, Sample, Suite
 
 MAX_NEW_TOKENS = {
     "ocr-page": 4608,
@@ -57,6 +57,7 @@ MAX_NEW_TOKENS = {
 
 _PACKAGES = (
     "jiwer",
+    "llguidance",
     "numpy",
     "pillow",
     "rapidfuzz",
@@ -82,6 +83,7 @@ class EvaluationOptions:
         policy: Slicing policy, instead of the model's own.
         max_visual_tokens: Most visual tokens of an image, instead of the model's own.
         max_new_tokens: Most tokens of an answer, instead of those of `MAX_NEW_TOKENS`.
+        free_form: Answers that should be JSON are not held to their schema (`ANSWER_SCHEMAS`).
         batch_size: Questions asked at once. No part of what a run is: it changes no answer (see
             `Assistant.ask_batch`).
     """
@@ -89,11 +91,16 @@ class EvaluationOptions:
     policy: str | None = None
     max_visual_tokens: int | None = None
     max_new_tokens: int | None = None
+    free_form: bool = False
     batch_size: int = 8
 
     def token_cap(self, task: str) -> int:
         """Most tokens of an answer to a task."""
         return self.max_new_tokens or MAX_NEW_TOKENS[task]
+
+    def json_schema(self, task: str) -> dict[str, Any] | None:
+        """What the answers to a task are held to."""
+        return None if self.free_form else ANSWER_SCHEMAS.get(task)
 
 
 def evaluate(
@@ -182,6 +189,7 @@ def describe_run(
         "decoding": {
             "method": "greedy",
             "max_new_tokens": {task: options.token_cap(task) for task in tasks},
+            "json_schemas": {task: schema for task in tasks if (schema := options.json_schema(task))},
         },
         "slicing": slicing.to_dict(),
         "peers": {peer.name: peer.version for peer in peers},
@@ -205,6 +213,7 @@ def _answer(
                     policy=options.policy,
                     max_visual_tokens=options.max_visual_tokens,
                     max_new_tokens=options.token_cap(suite.parts[part]),
+                    json_schema=options.json_schema(suite.parts[part]),
                 )
                 yield [
                     _build_row(sample, answer, peers) for sample, answer in zip(samples, answers, strict=True)

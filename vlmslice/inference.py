@@ -9,11 +9,18 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from transformers import PreTrainedTokenizerBase, StoppingCriteria, StoppingCriteriaList, TextStreamer
+from transformers import (
+    LogitsProcessorList,
+    PreTrainedTokenizerBase,
+    StoppingCriteria,
+    StoppingCriteriaList,
+    TextStreamer,
+)
 from transformers.generation.streamers import BaseStreamer
 
 import vlmslice.registration  # noqa: F401  # the processor finds its image processor by the Auto classes
 from vlmslice.image_loading import ImageSource, load_image
+from vlmslice.json_decoding import JSONSchemaLogitsProcessor
 from vlmslice.looping import StopLoops
 from vlmslice.model_files import ModelError, find_model, find_weights
 from vlmslice.modeling import VlmSliceForConditionalGeneration
@@ -114,6 +121,7 @@ class Assistant:
         policy: str | None = None,
         max_visual_tokens: int | None = None,
         max_new_tokens: int = MAX_NEW_TOKENS,
+        json_schema: dict[str, Any] | None = None,
         on_text: Callable[[str], None] | None = None,
         should_stop: Callable[[], bool] | None = None,
     ) -> Answer:
@@ -125,12 +133,15 @@ class Assistant:
             policy: Slicing policy, instead of the model's own.
             max_visual_tokens: Most visual tokens of each image, instead of the model's own.
             max_new_tokens: Most tokens of the answer.
+            json_schema: The answer is held to JSON of this schema; the question should ask for it. An answer that is
+                cut (see `Answer.finish_reason`) is not whole.
             on_text: Called with each piece of the answer as soon as it is certain; joined, they are the answer.
             should_stop: Called after each token; once it is true, the answer ends there.
 
         Raises:
             ImageError: An image cannot be loaded.
             SlicingError: An image cannot be planned as asked.
+            SchemaError: `json_schema` cannot be followed.
         """
         start = time.perf_counter()
         [plans], inputs = self._encode([(images, question)], policy, max_visual_tokens)
@@ -144,6 +155,7 @@ class Assistant:
             max_new_tokens=max_new_tokens,
             do_sample=False,
             streamer=streamer,
+            logits_processor=self._constraints(json_schema, inputs),
             stopping_criteria=StoppingCriteriaList([loops, told]),
         )
         done = time.perf_counter()
@@ -169,6 +181,7 @@ class Assistant:
         policy: str | None = None,
         max_visual_tokens: int | None = None,
         max_new_tokens: int = MAX_NEW_TOKENS,
+        json_schema: dict[str, Any] | None = None,
         edit_inputs: Callable[[Any, list[tuple[SlicePlan, ...]]], Any] | None = None,
     ) -> list[Answer]:
         """Answers several questions at once, each about its own images, as `ask` would one by one.
@@ -181,6 +194,7 @@ class Assistant:
             policy: As in `ask`.
             max_visual_tokens: As in `ask`.
             max_new_tokens: As in `ask`.
+            json_schema: As in `ask`, of all answers.
             edit_inputs: Given the model inputs of the batch and the plans of each sample's images, returns the inputs
                 that the model gets instead, as experiments do; see `counting_test.arms`.
 
@@ -190,6 +204,7 @@ class Assistant:
         Raises:
             ImageError: An image cannot be loaded.
             SlicingError: An image cannot be planned as asked.
+            SchemaError: `json_schema` cannot be followed.
         """
         start = time.perf_counter()
         plans, inputs = self._encode(samples, policy, max_visual_tokens)
@@ -202,6 +217,7 @@ class Assistant:
             max_new_tokens=max_new_tokens,
             do_sample=False,
             streamer=clock,
+            logits_processor=self._constraints(json_schema, inputs),
             stopping_criteria=StoppingCriteriaList([loops]),
         )
         done = time.perf_counter()
@@ -254,6 +270,15 @@ class Assistant:
             chats, add_generation_prompt=True, tokenize=True, return_dict=True, processor_kwargs=slicing
         )
         return plans, inputs.to(self.model.device)
+
+    def _constraints(self, json_schema: dict[str, Any] | None, inputs: Any) -> LogitsProcessorList:
+        if json_schema is None:
+            return LogitsProcessorList()
+        ends = self.model.generation_config.eos_token_id
+        num_prompt_ids = inputs["input_ids"].shape[1]
+        return LogitsProcessorList(
+            [JSONSchemaLogitsProcessor(json_schema, self.processor.tokenizer, num_prompt_ids, ends)]
+        )
 
     def _points(self, plans: tuple[SlicePlan, ...], ids: torch.Tensor) -> tuple[tuple[float, float], ...]:
         if len(plans) != 1:

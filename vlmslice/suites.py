@@ -23,6 +23,7 @@ from typing import Any, Protocol
 
 from PIL import Image
 
+from vlmslice.answer_schemas import RECEIPT_SCHEMA
 from vlmslice.data.fonts import FontLibrary
 from vlmslice.data.nine_balls import NINE_BALLS_QUESTION, NINE_BALLS_SIZES, draw_nine_balls
 from vlmslice.data.real_data import image_splits
@@ -41,6 +42,9 @@ DEFAULT_QUESTIONS = {
     "table-html": "Write this table as HTML.",
     "flowchart-graph": 'List the arrows of this flowchart as JSON: {"edges": [[from, to], ...]}.',
 }
+
+ANSWER_SCHEMAS = {"receipt-json": RECEIPT_SCHEMA}
+"""JSON schemas of the answers to `DEFAULT_QUESTIONS`; flowcharts have none, as metrics take lines "A -> B" as well."""
 
 SYNTHETIC_SEED = 20_261_122
 SYNTHETIC_CONFIG = TaskConfig(megapixels=(0.05, 4.0), num_words=(1, 6), max_count=10, split="eval")
