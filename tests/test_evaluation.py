@@ -11,7 +11,7 @@ from tiny_models import noise_image
 
 from vlmslice.evaluation import EvaluationError, EvaluationOptions, evaluate
 from vlmslice.inference import Assistant
-from vlmslice.suites import SYNTHETIC_TASKS, Suite, open_suite
+from vlmslice.suites import ANSWER_SCHEMAS, SYNTHETIC_TASKS, Suite, open_suite
 
 OPTIONS = EvaluationOptions(max_new_tokens=6, batch_size=3)
 
@@ -87,7 +87,9 @@ def test_what_a_run_leaves(saved_model: Path, suite: Suite, tmp_path: Path) -> N
     assert [row["id"] for row in rows] == suite.ids
     for i, row in enumerate(rows):
         sample = suite[i]
-        said = assistant.ask([sample.image], sample.question, max_new_tokens=6)
+        schema = ANSWER_SCHEMAS.get(sample.task)
+        said = assistant.ask([sample.image], sample.question, max_new_tokens=6, json_schema=schema)
+        assert row["prediction"].startswith("{") == (schema is not None)
         assert (row["prediction"], row["num_visual_tokens"]) == (said.text, said.num_visual_tokens)
         assert (row["answer"], row["height"]) == (sample.truth.answer, sample.image.height)
     assert rows[0]["peers"]["parrot"] == {
@@ -100,8 +102,16 @@ def test_what_a_run_leaves(saved_model: Path, suite: Suite, tmp_path: Path) -> N
         "model", "suite", "prompt", "decoding", "slicing", "peers", "versions", "machine", "seconds",
     }  # fmt: skip
     assert manifest["decoding"]["max_new_tokens"]["ocr-page"] == 6
+    assert manifest["decoding"]["json_schemas"] == ANSWER_SCHEMAS
     assert {"load", "process", "first_token", "decode", "parrot", "report"} <= set(manifest["seconds"])
     assert set(manifest["seconds"]["median_of_a_sample"]) == set(suite.parts)
+
+
+def test_free_form_answers_are_held_to_no_schema(saved_model: Path, suite: Suite, tmp_path: Path) -> None:
+    evaluate(saved_model, suite, tmp_path, options=EvaluationOptions(max_new_tokens=6, free_form=True))
+    [row] = [row for row in read_rows(tmp_path) if row["task"] == "receipt-json"]
+    assert not row["prediction"].startswith("{")
+    assert json.loads((tmp_path / "manifest.json").read_text())["decoding"]["json_schemas"] == {}
 
 
 def test_batched_single_and_repeated_agree(saved_model: Path, suite: Suite, tmp_path: Path) -> None:
