@@ -11,7 +11,7 @@ from tiny_models import noise_image
 
 from vlmslice.evaluation import EvaluationError, EvaluationOptions, evaluate
 from vlmslice.inference import Assistant
-from vlmslice.suites import ANSWER_SCHEMAS, SYNTHETIC_TASKS, Suite, open_suite
+from vlmslice.suites import ANSWER_SCHEMAS, DEFAULT_QUESTIONS, SYNTHETIC_TASKS, Suite, open_suite
 
 OPTIONS = EvaluationOptions(max_new_tokens=6, batch_size=3)
 
@@ -87,7 +87,9 @@ def test_what_a_run_leaves(saved_model: Path, suite: Suite, tmp_path: Path) -> N
     assert [row["id"] for row in rows] == suite.ids
     for i, row in enumerate(rows):
         sample = suite[i]
-        schema = ANSWER_SCHEMAS.get(sample.task)
+        schema = (
+            ANSWER_SCHEMAS.get(sample.task) if sample.question == DEFAULT_QUESTIONS["receipt-json"] else None
+        )
         said = assistant.ask([sample.image], sample.question, max_new_tokens=6, json_schema=schema)
         assert row["prediction"].startswith("{") == (schema is not None)
         assert (row["prediction"], row["num_visual_tokens"]) == (said.text, said.num_visual_tokens)
@@ -105,6 +107,17 @@ def test_what_a_run_leaves(saved_model: Path, suite: Suite, tmp_path: Path) -> N
     assert manifest["decoding"]["json_schemas"] == ANSWER_SCHEMAS
     assert {"load", "process", "first_token", "decode", "parrot", "report"} <= set(manifest["seconds"])
     assert set(manifest["seconds"]["median_of_a_sample"]) == set(suite.parts)
+
+
+def test_answers_to_other_questions_are_held_to_no_schema(saved_model: Path, tmp_path: Path) -> None:
+    """A batch may hold both kinds."""
+    Image.new("RGB", (64, 64)).save(tmp_path / "a.png")
+    row = {"image": "a.png", "task": "receipt-json", "answer": {"number": "7"}}
+    own = row | {"question": "Give the number as JSON."}
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(r) + "\n" for r in (row, own, row)))
+    evaluate(saved_model, open_suite(str(tmp_path / "rows.jsonl")), tmp_path / "out", options=OPTIONS)
+    held = [row["prediction"].startswith("{") for row in read_rows(tmp_path / "out")]
+    assert held == [True, False, True]
 
 
 def test_free_form_answers_are_held_to_no_schema(saved_model: Path, suite: Suite, tmp_path: Path) -> None:

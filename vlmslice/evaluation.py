@@ -98,9 +98,11 @@ class EvaluationOptions:
         """Most tokens of an answer to a task."""
         return self.max_new_tokens or MAX_NEW_TOKENS[task]
 
-    def json_schema(self, task: str) -> dict[str, Any] | None:
-        """What the answers to a task are held to."""
-        return None if self.free_form else ANSWER_SCHEMAS.get(task)
+    def json_schema(self, task: str, question: str) -> dict[str, Any] | None:
+        """What the answers to a question are held to; questions of users' own may ask for other fields."""
+        if self.free_form or question != DEFAULT_QUESTIONS.get(task):
+            return None
+        return ANSWER_SCHEMAS.get(task)
 
 
 def evaluate(
@@ -189,7 +191,11 @@ def describe_run(
         "decoding": {
             "method": "greedy",
             "max_new_tokens": {task: options.token_cap(task) for task in tasks},
-            "json_schemas": {task: schema for task in tasks if (schema := options.json_schema(task))},
+            "json_schemas": {
+                task: schema
+                for task in tasks
+                if (schema := options.json_schema(task, DEFAULT_QUESTIONS.get(task, "")))
+            },
         },
         "slicing": slicing.to_dict(),
         "peers": {peer.name: peer.version for peer in peers},
@@ -208,13 +214,15 @@ def _answer(
             progress.set_description(part)
             for chunk in _chunks(list(indices), options.batch_size):
                 samples = [suite[i] for i in chunk]
-                answers = assistant.ask_batch(
-                    [([sample.image], sample.question) for sample in samples],
-                    policy=options.policy,
-                    max_visual_tokens=options.max_visual_tokens,
-                    max_new_tokens=options.token_cap(suite.parts[part]),
-                    json_schema=options.json_schema(suite.parts[part]),
-                )
+                answers: list[Answer] = []
+                for schema, alike in groupby(samples, _schema_of(options)):
+                    answers += assistant.ask_batch(
+                        [([sample.image], sample.question) for sample in alike],
+                        policy=options.policy,
+                        max_visual_tokens=options.max_visual_tokens,
+                        max_new_tokens=options.token_cap(suite.parts[part]),
+                        json_schema=schema,
+                    )
                 yield [
                     _build_row(sample, answer, peers) for sample, answer in zip(samples, answers, strict=True)
                 ]
@@ -223,6 +231,10 @@ def _answer(
 
 def _part_of(suite: Suite) -> Callable[[int], str]:
     return lambda index: suite.ids[index].rpartition("/")[0]
+
+
+def _schema_of(options: EvaluationOptions) -> Callable[[Sample], dict[str, Any] | None]:
+    return lambda sample: options.json_schema(sample.task, sample.question)
 
 
 def _chunks(indices: list[int], size: int) -> Iterator[list[int]]:
