@@ -180,9 +180,9 @@ def spell(figure: dict[str, Any], is_share: bool) -> str:
 
 def how(limit: int) -> list[str]:
     return [
-        f"At most {limit} samples of each part, fewer of what takes minutes; greedy decoding. `python "
-        "benchmarks/report_card.py --data-root DATA --peer rapidocr`",
-        "measures it anew and rewrites this table. *Good* is where a good small model should be, *aim* is what to aim at.",
+        f"At most {limit} samples of each part, fewer of what takes minutes; greedy decoding. *Good* is where a good small",
+        "model should be, *aim* is what to aim at. Measured anew, and this table rewritten, by",
+        "`python benchmarks/report_card.py --data-root DATA --peer rapidocr`.",
     ]
 
 

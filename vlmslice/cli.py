@@ -118,7 +118,7 @@ def ask(
     - `vlmslice ask chart.png "Which bar is tallest?" --show-slices out.png`
     - `vlmslice ask one.png two.png "What do they say?" --json`
     - `cat shapes.png | vlmslice ask - "How many circles are there?"`
-    - `vlmslice ask receipt.png "Give the date and total as JSON." --fields date,total`
+    - `vlmslice ask receipt.png "Read the receipt as JSON." --fields company,date,address,total`
 
     Where the answer points at a single image, as counts do, `--show-slices` draws the points, too.
 
