@@ -180,8 +180,8 @@ def spell(figure: dict[str, Any], is_share: bool) -> str:
 
 def how(limit: int) -> list[str]:
     return [
-        f"At most {limit} samples of each part, fewer of what takes minutes; greedy decoding. *Good* is where a good small",
-        "model should be, *aim* is what to aim at. Measured anew, and this table rewritten, by",
+        f"At most {limit} samples of each part, fewer of what takes minutes; greedy decoding. *Good* is where a good",
+        "small model should be, *aim* is what to aim at. Measured anew, and this table rewritten, by",
         "`python benchmarks/report_card.py --data-root DATA --peer rapidocr`.",
     ]
 
