@@ -25,7 +25,7 @@ def write(
     schema: dict, generator: torch.Generator, num_rows: int = 1, num_steps: int = 400
 ) -> list[list[int]]:
     """What a model without any knowledge writes under a schema, its end token included."""
-    processor = JSONSchemaLogitsProcessor(schema, TOKENIZER, len(PROMPT))
+    processor = JSONSchemaLogitsProcessor(schema, TOKENIZER)
     ids = torch.tensor(num_rows * [PROMPT])
     for _ in range(num_steps):
         scores = processor(ids, torch.randn(num_rows, len(TOKENIZER), generator=generator))
@@ -73,7 +73,7 @@ def test_nested_schemas_and_numbers() -> None:
 def test_a_likely_answer_that_fits_is_not_changed() -> None:
     text = '{"company":"Café \\"Ü\\"","total":"8.60"}'
     wanted = [*TOKENIZER(text)["input_ids"], TOKENIZER.eos_token_id]
-    processor = JSONSchemaLogitsProcessor(fields_schema({"company": 20, "total": 9}), TOKENIZER, len(PROMPT))
+    processor = JSONSchemaLogitsProcessor(fields_schema({"company": 20, "total": 9}), TOKENIZER)
     ids = list(PROMPT)
     for token in wanted:
         scores = torch.zeros(1, len(TOKENIZER))
@@ -87,12 +87,12 @@ def test_a_likely_answer_that_fits_is_not_changed() -> None:
 )
 def test_schemas_that_cannot_be_followed(schema: dict, words: str) -> None:
     with pytest.raises(SchemaError, match=f"cannot be followed: .*{words}.*; expected one as on"):
-        JSONSchemaLogitsProcessor(schema, TOKENIZER, 0)
+        JSONSchemaLogitsProcessor(schema, TOKENIZER)
 
 
 def test_slow_tokenizers_are_refused() -> None:
     with pytest.raises(SchemaError, match="need a fast tokenizer, got str"):
-        JSONSchemaLogitsProcessor(RECEIPT_SCHEMA, "no tokenizer", 0)  # type: ignore[arg-type]
+        JSONSchemaLogitsProcessor(RECEIPT_SCHEMA, "no tokenizer")  # type: ignore[arg-type]
 
 
 class TestAssistant:

@@ -155,7 +155,7 @@ class Assistant:
             max_new_tokens=max_new_tokens,
             do_sample=False,
             streamer=streamer,
-            logits_processor=self._constraints(json_schema, inputs),
+            logits_processor=self._constraints(json_schema),
             stopping_criteria=StoppingCriteriaList([loops, told]),
         )
         done = time.perf_counter()
@@ -217,7 +217,7 @@ class Assistant:
             max_new_tokens=max_new_tokens,
             do_sample=False,
             streamer=clock,
-            logits_processor=self._constraints(json_schema, inputs),
+            logits_processor=self._constraints(json_schema),
             stopping_criteria=StoppingCriteriaList([loops]),
         )
         done = time.perf_counter()
@@ -271,14 +271,11 @@ class Assistant:
         )
         return plans, inputs.to(self.model.device)
 
-    def _constraints(self, json_schema: dict[str, Any] | None, inputs: Any) -> LogitsProcessorList:
+    def _constraints(self, json_schema: dict[str, Any] | None) -> LogitsProcessorList:
         if json_schema is None:
             return LogitsProcessorList()
         ends = self.model.generation_config.eos_token_id
-        num_prompt_ids = inputs["input_ids"].shape[1]
-        return LogitsProcessorList(
-            [JSONSchemaLogitsProcessor(json_schema, self.processor.tokenizer, num_prompt_ids, ends)]
-        )
+        return LogitsProcessorList([JSONSchemaLogitsProcessor(json_schema, self.processor.tokenizer, ends)])
 
     def _points(self, plans: tuple[SlicePlan, ...], ids: torch.Tensor) -> tuple[tuple[float, float], ...]:
         if len(plans) != 1:

@@ -31,7 +31,6 @@ class JSONSchemaLogitsProcessor(LogitsProcessor):
         self,
         schema: dict[str, Any],
         tokenizer: PreTrainedTokenizerBase,
-        num_prompt_ids: int,
         eos_token_id: int | Sequence[int] | None = None,
     ):
         """Compiles the schema.
@@ -39,7 +38,6 @@ class JSONSchemaLogitsProcessor(LogitsProcessor):
         Args:
             schema: A JSON schema, see https://json-schema.org.
             tokenizer: Of the model.
-            num_prompt_ids: Ids that stand before the answers.
             eos_token_id: What may end an answer, by default the tokenizer's.
 
         Raises:
@@ -61,14 +59,13 @@ class JSONSchemaLogitsProcessor(LogitsProcessor):
         is_wrong, messages = LLMatcher.validate_grammar_with_warnings(self._grammar, self._tokenizer)
         if is_wrong:
             raise _not_followed(schema, messages[0])
-        self._num_prompt_ids = num_prompt_ids
         self._matchers: list[LLMatcher] = []
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
         """Sets the scores, (batch, vocabulary), of all other tokens to minus infinity."""
-        if not self._matchers:
+        if not self._matchers:  # the first step: all ids are the prompt's
             self._matchers = [LLMatcher(self._tokenizer, self._grammar) for _ in range(len(input_ids))]
-        elif input_ids.shape[1] > self._num_prompt_ids:
+        else:
             for matcher, last in zip(self._matchers, input_ids[:, -1].tolist(), strict=True):
                 if not matcher.is_stopped():
                     matcher.consume_token(last)
