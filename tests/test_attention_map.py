@@ -6,6 +6,7 @@ import torch
 from tiny_models import CONNECTORS, chat, encode, noise_image, tiny_model, tiny_processor, tiny_slicing
 
 from vlmslice.attention_map import AttentionError, AttentionMap, _group, _spell_pieces, attend, locate_tokens
+from vlmslice.coverage import LAG
 from vlmslice.inference import Assistant
 from vlmslice.slicing import SlicePlan, SlicingConfig, plan_slices
 from vlmslice.slicing_policies import POLICIES
@@ -113,6 +114,24 @@ def test_weights_and_nothing_sum_to_one_and_are_those_of_the_step(connector: str
         assert np.allclose(own.numpy(), row, atol=1e-5)
         inputs["input_ids"] = torch.cat([inputs["input_ids"], output.logits[:, -1:].argmax(-1)], dim=1)
         inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
+
+
+def test_weights_under_a_coverage_penalty_are_those_that_chose_the_answer() -> None:
+    """Held back by nothing that counts, they are those of one run; held back, what was read lights up less."""
+    image, length = noise_image(100, 200), 3 * LAG
+
+    def look(penalty: float) -> tuple[str, np.ndarray]:
+        model = tiny_model("cross_attention", cross_attention_gate=1.0, coverage_penalty=penalty)
+        assistant = Assistant(model, tiny_processor("cross_attention"))
+        found = attend(assistant, image, "what?", max_new_tokens=length)
+        assert found.answer == assistant.ask([image], "what?", max_new_tokens=length).text
+        return found.answer, found.weights
+
+    (answer, weights), (almost_same, almost), (_, held_back) = look(0.0), look(1e-4), look(20.0)
+    assert almost_same == answer and np.allclose(almost, weights, atol=1e-4)
+    assert np.allclose(held_back[: LAG + 1], weights[: LAG + 1], atol=1e-5)
+    # Weights spread over all tokens cover all of them in the end, and more so the ones looked at most.
+    assert held_back.sum(axis=0).max() < weights.sum(axis=0).max()
 
 
 def test_attention_implementation_is_left_as_it_was() -> None:

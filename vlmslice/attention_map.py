@@ -216,6 +216,8 @@ def _cell_box(view: View, row: int, col: int, rows: int, cols: int) -> tuple[flo
 def _look_again(model: VlmSliceForConditionalGeneration, inputs: dict, prompt_length: int) -> torch.Tensor:
     """`[layers, H, A, M]` weights with which the tokens of the answer were chosen, in one run over all of them."""
     inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
+    if model.config.coverage_penalty:
+        return _look_step_by_step(model, inputs, prompt_length)
     if model.cross_attention is not None:
         attentions = model(**inputs, use_cache=False, output_attentions=True).cross_attentions
         # The last of the keys is "nothing".
@@ -233,6 +235,34 @@ def _look_again(model: VlmSliceForConditionalGeneration, inputs: dict, prompt_le
         )
     is_visual = inputs["input_ids"][0] == model.config.image_token_id
     return torch.stack([layer[0, :, prompt_length - 1 : -1][..., is_visual] for layer in attentions])
+
+
+def _look_step_by_step(
+    model: VlmSliceForConditionalGeneration, inputs: dict, prompt_length: int
+) -> torch.Tensor:
+    """The same where each token changes what the next may look at, see `coverage`."""
+    assert model.cross_attention is not None
+    ids, mask = inputs.pop("input_ids"), inputs.pop("attention_mask")
+    points = model._last_points(ids)
+    step = {"input_ids": ids[:, :prompt_length], **inputs}
+    weights, memory, cache = [], None, None
+    for length in range(prompt_length, ids.shape[1]):
+        outputs = model(
+            **step,
+            attention_mask=mask[:, :length],
+            past_key_values=cache,
+            use_cache=True,
+            output_attentions=True,
+        )
+        weights.append(torch.stack([layer[0, :, -1, :-1] for layer in outputs.cross_attentions]))
+        cache = outputs.past_key_values
+        memory = memory or model.cross_attention.hold_back(
+            outputs.visual_memory, model.config.coverage_penalty
+        )
+        step = {"input_ids": ids[:, length : length + 1], "visual_memory": memory}
+        if points is not None:
+            step["last_points"] = points[:, length : length + 1]
+    return torch.stack(weights, dim=2)
 
 
 def _choose(kind: str, chosen: Sequence[int] | None, default: Sequence[int], number: int) -> list[int]:

@@ -32,6 +32,8 @@ class VlmSliceConfig(PreTrainedConfig):
             images, as suits a trained one.
         first_fit_layers: which of these, counted from 0, have a head that finds the next object to point at, too (see
             `first_fit`).
+        coverage_penalty: with the connector `cross_attention`, by up to how many logits what an answer has read is
+            held back from being read again (see `coverage`), if trained with the guide loss. 0 holds nothing back.
         visual_expert_interval: with the other connectors, every how many layers of the language model have weights of
             their own for visual tokens (see `visual_expert`); 0 for none.
         canvas_position: add to every visual token an embedding of its place on the whole image, so that a line of
@@ -58,6 +60,7 @@ class VlmSliceConfig(PreTrainedConfig):
     cross_attention_interval: int = 1
     cross_attention_gate: int | float = 0.0
     first_fit_layers: list[int] = field(default_factory=list)
+    coverage_penalty: int | float = 0.0
     visual_expert_interval: int = 0
     canvas_position: bool = True
     dense_loss_weight: int | float = 0.0
@@ -89,6 +92,12 @@ class VlmSliceConfig(PreTrainedConfig):
             raise ValueError(
                 f"visual_expert_interval is {self.visual_expert_interval} with connector 'cross_attention', whose "
                 "visual tokens do not stand in the prompt; set it to 0, or choose another connector"
+            )
+
+        if self.coverage_penalty < 0 or (self.coverage_penalty and self.connector != "cross_attention"):
+            raise ValueError(
+                f"coverage_penalty is {self.coverage_penalty} with connector {self.connector!r}, expected 0, or more "
+                "with connector 'cross_attention'"
             )
 
     @property

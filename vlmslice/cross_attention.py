@@ -10,7 +10,7 @@ instead of the whole layer, and the prompt holds one placeholder for each image,
 Where an answer points at one object after the other, row by row (see `pointing`), every second head sees only what
 lies ahead of the last point. So for each point the same look-up will do, "the first that fits", and nothing is pointed
 at twice. (Inhibition of return; Itti and Koch, 2001, "Computational modelling of visual attention".) Some layers have a
-head made for this look-up, see `first_fit`.
+head made for this look-up, see `first_fit`. What is read as text can be held back likewise, see `coverage`.
 """
 
 from __future__ import annotations
@@ -25,7 +25,9 @@ import torch.nn.functional as F
 from torch import nn
 from transformers import PreTrainedModel
 
+from vlmslice.attention_guide import guided_layers
 from vlmslice.config import VlmSliceConfig
+from vlmslice.coverage import Coverage
 from vlmslice.first_fit import BEYOND, FirstFit, PointingOrder, order_for_pointing
 from vlmslice.position_embedding import sincos_2d
 
@@ -41,6 +43,7 @@ class VisualMemory(NamedTuple):
         order: in which the heads of first fit go through the tokens; None if there are none.
         fitting: keys and values `[B, N, K]` of these heads, by the number of the looking layer.
         samples: of packed rows, `int64[B, M + 1]`: the sample of its row that each token belongs to.
+        coverage: what the answers have read so far; changed by each step of generation. None if nothing is held back.
     """
 
     keys: tuple[torch.Tensor, ...]
@@ -50,6 +53,7 @@ class VisualMemory(NamedTuple):
     order: PointingOrder | None = None
     fitting: Mapping[int, tuple[torch.Tensor, torch.Tensor]] | None = None
     samples: torch.Tensor | None = None
+    coverage: Coverage | None = None
 
     def of_samples(self, samples_BL: torch.Tensor) -> VisualMemory:
         """The same, masked at each position for the tokens of other samples than its own."""
@@ -105,14 +109,20 @@ class GatedCrossAttention(nn.Module):
         values_BHMK: torch.Tensor,
         mask: torch.Tensor,
         with_weights: bool = False,
+        held_back_BM: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """The new hidden states, and `[B, H, L, M + 1]` attention weights if asked for; `mask` as wide as they or 1."""
+        """The new hidden states, and `[B, H, L, M + 1]` attention weights if asked for; `mask` as wide as they or 1.
+
+        `held_back_BM` is taken off the logits; with it the weights are given, too.
+        """
         queries_BHLK = self._heads(self.query(self.norm(hidden_BLE)))
         keys_BHMK, values_BHMK = keys_BHMK.to(queries_BHLK.dtype), values_BHMK.to(queries_BHLK.dtype)
         weights = None
-        if with_weights:
-            logits_BHLM = queries_BHLK @ keys_BHMK.transpose(-1, -2) / math.sqrt(self.head_dim)
-            weights = logits_BHLM.float().masked_fill(~mask, float("-inf")).softmax(-1)
+        if with_weights or held_back_BM is not None:
+            logits_BHLM = (queries_BHLK @ keys_BHMK.transpose(-1, -2) / math.sqrt(self.head_dim)).float()
+            if held_back_BM is not None:
+                logits_BHLM = logits_BHLM - held_back_BM[:, None, None]
+            weights = logits_BHLM.masked_fill(~mask, float("-inf")).softmax(-1)
             found_BHLK = weights.to(values_BHMK.dtype) @ values_BHMK
         else:
             found_BHLK = F.scaled_dot_product_attention(queries_BHLK, keys_BHMK, values_BHMK, attn_mask=mask)
@@ -169,6 +179,9 @@ class CrossAttentionLayers(nn.Module):
         self._memory: VisualMemory | None = None
         self._candidates: torch.Tensor | None = None
         self._with_weights = False
+        self._guided = guided_layers(len(self.layers))
+        self._held_back: torch.Tensor | None = None
+        self._looks: list[torch.Tensor] = []
         self.weights: list[torch.Tensor] = []
         self.found: list[torch.Tensor] = []
         for number, index in enumerate(self.chosen):
@@ -255,7 +268,19 @@ class CrossAttentionLayers(nn.Module):
             memory = memory.of_samples(samples_BL)
         if memory is not None and points_BL3 is not None:
             memory = memory.without_passed(points_BL3)
-        self._memory, self._with_weights, self.weights, self.found = memory, with_weights, [], []
+        self._memory, self._with_weights = memory, with_weights
+        coverage = None if memory is None else memory.coverage
+        self._held_back = None if coverage is None else coverage.held_back()
+        self.weights, self.found, self._looks = [], [], []
+
+    def hold_back(self, memory: VisualMemory, penalty: float) -> VisualMemory:
+        """The same memory at the beginning of an answer, of which nothing is to be read twice (see `coverage`)."""
+        return memory._replace(coverage=Coverage(memory.places, penalty, BEYOND))
+
+    def reorder(self, rows: torch.Tensor) -> None:
+        """After a step of beam search: what each row has read is what another had, see `Coverage.reorder`."""
+        if self._memory is not None and self._memory.coverage is not None:
+            self._memory.coverage.reorder(rows)
 
     def _look(
         self, number: int, module: nn.Module, args: tuple, kwargs: dict[str, Any]
@@ -263,11 +288,25 @@ class CrossAttentionLayers(nn.Module):
         if self._memory is None:
             return args, kwargs
         memory = self._memory
+        if memory.coverage is not None and args[0].shape[1] != 1:
+            raise ValueError(
+                f"coverage_penalty holds back what was read id by id, and got {args[0].shape[1]} ids at once; generate "
+                "without an assistant model, or set model.config.coverage_penalty to 0"
+            )
         hidden, weights = self.layers[number](
-            args[0], memory.keys[number], memory.values[number], memory.mask, self._with_weights
+            args[0],
+            memory.keys[number],
+            memory.values[number],
+            memory.mask,
+            self._with_weights,
+            self._held_back,
         )
-        if weights is not None:
+        if self._with_weights:
             self.weights.append(weights)
+        if memory.coverage is not None and number in self._guided:
+            self._looks.append(weights[:, 0, 0])
+            if number == self._guided[-1]:
+                memory.coverage.look(torch.stack(self._looks).mean(dim=0))
         if memory.fitting is not None and number in memory.fitting:
             hidden, found = self.first_fit[str(number)](hidden, *memory.fitting[number], self._candidates)
             if self._with_weights:

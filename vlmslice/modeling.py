@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -565,6 +566,10 @@ class VlmSliceForConditionalGeneration(VlmSlicePreTrainedModel, GenerationMixin)
         # After the first step the cache holds the visual tokens, or what was found in the visual memory; without a
         # cache all is needed at every step.
         if is_first_iteration or not kwargs.get("use_cache", True):
+            if self.config.coverage_penalty and not kwargs.get("use_cache", True):
+                warnings.warn(
+                    "coverage_penalty has no effect without a cache; expected use_cache=True", stacklevel=2
+                )
             model_inputs |= {
                 "pixel_values": pixel_values,
                 "target_sizes": target_sizes,
@@ -582,9 +587,20 @@ class VlmSliceForConditionalGeneration(VlmSlicePreTrainedModel, GenerationMixin)
 
     def _update_model_kwargs_for_generation(self, outputs, model_kwargs, *args, **kwargs):
         model_kwargs = super()._update_model_kwargs_for_generation(outputs, model_kwargs, *args, **kwargs)
-        if outputs.get("visual_memory") is not None:
-            model_kwargs["visual_memory"] = outputs.visual_memory
+        memory = outputs.get("visual_memory")
+        if memory is not None:
+            if self.config.coverage_penalty and memory.coverage is None:
+                assert self.cross_attention is not None
+                memory = self.cross_attention.hold_back(memory, self.config.coverage_penalty)
+            model_kwargs["visual_memory"] = memory
         return model_kwargs
+
+    def _reorder_cache(self, past_key_values, beam_idx):
+        """Called by beam search; what the beams have read goes with their cache."""
+        past_key_values.reorder_cache(beam_idx)
+        if self.cross_attention is not None:
+            self.cross_attention.reorder(beam_idx)
+        return past_key_values
 
 
 def place_on_canvas(

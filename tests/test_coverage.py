@@ -1,0 +1,155 @@
+"""Coverage: what an answer has read is held back from being read again."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tiny_models import answer, chat, encode, noise_image, tiny_model, tiny_processor
+
+from vlmslice.config import VlmSliceConfig
+from vlmslice.coverage import LAG, Coverage
+from vlmslice.first_fit import BEYOND
+
+GRID = torch.cartesian_prod(torch.arange(6), torch.arange(8))
+NOWHERE = torch.tensor([[BEYOND, BEYOND]])
+
+
+def coverage(num_samples: int = 1, penalty: float = 20.0) -> Coverage:
+    """Of 6 x 8 blocks and the place where nothing is."""
+    return Coverage(torch.cat([GRID, NOWHERE]).expand(num_samples, -1, 2), penalty, BEYOND)
+
+
+def at(row: int, col: int, share: float = 1.0) -> torch.Tensor:
+    """Attention to one block, and the rest to nothing."""
+    weights = torch.zeros(1, len(GRID) + 1)
+    weights[0, row * 8 + col] = share
+    weights[0, -1] = 1 - share
+    return weights
+
+
+def held_back(seen: Coverage) -> torch.Tensor:
+    return seen.held_back()[:, :-1].unflatten(1, (6, 8))
+
+
+class TestCoverage:
+    def test_what_was_read_is_held_back_after_a_while_and_not_before(self):
+        seen = coverage()
+        seen.look(at(2, 3))
+        for _ in range(LAG - 1):
+            seen.look(at(5, 7, share=0.0))
+            assert not seen.held_back().any()
+        seen.look(at(5, 7, share=0.0))
+        held = held_back(seen)
+        assert held[0, 2, 3] == pytest.approx(20 * 0.7)
+        assert held.count_nonzero() == 1
+        for _ in range(3):
+            seen.look(at(2, 3))
+        for _ in range(LAG):
+            seen.look(at(5, 7, share=0.0))
+        assert held_back(seen)[0, 2, 3] == 20
+
+    def test_a_glance_holds_nothing_back(self):
+        seen = coverage()
+        for _ in range(LAG + 1):
+            seen.look(at(2, 3, share=0.25 if not seen.covered.any() else 0.0))
+        assert seen.covered.max() == 0.25 and not seen.held_back().any()
+
+    @pytest.mark.parametrize(("step", "reach"), [(1, 1), (2, 2), (3, 3)])
+    def test_large_letters_are_covered_from_top_to_bottom(self, step, reach):
+        """Letters that are a block wide are about two high: half of it covers a block above and one below."""
+        page = torch.cartesian_prod(torch.arange(12), torch.arange(200))
+        seen = Coverage(torch.cat([page, NOWHERE])[None], 20.0, BEYOND)
+        for col in range(0, 200, step):
+            weights = torch.zeros(1, len(page) + 1)
+            weights[0, 5 * 200 + col] = 1
+            seen.look(weights)
+        assert seen.distance.item() == pytest.approx(step, abs=0.1)
+        rows = seen.held_back()[0, :-1].unflatten(0, (12, 200))[:, 100 // step * step]
+        assert rows.nonzero().flatten().tolist() == list(range(5 - reach, 6 + reach))
+
+    @settings(max_examples=30)
+    @given(st.lists(st.integers(0, 48), min_size=1, max_size=60), st.integers(0, 2**31 - 1))
+    def test_invariants(self, gaze, seed):
+        """0 to the penalty, never less than before, nothing for nothing; a row of a batch is what it is alone."""
+        generator = torch.Generator().manual_seed(seed)
+        weights = torch.rand(len(gaze), 3, 49, generator=generator).softmax(-1)
+        weights[torch.arange(len(gaze)), 0, torch.tensor(gaze)] += 1
+        weights /= weights.sum(-1, keepdim=True)
+        together, alone, before = coverage(3), coverage(1), torch.zeros(3, 49)
+        for step in weights:
+            together.look(step)
+            alone.look(step[:1])
+            held = together.held_back()
+            assert (held >= before).all() and held.max() <= 20 and not held[:, -1].any()
+            before = held
+        assert torch.equal(held[:1], alone.held_back())
+
+    def test_rows_go_on_from_others(self):
+        seen, expected = coverage(2), coverage(2)
+        first, second = at(1, 1), at(4, 4)
+        for _ in range(LAG + 3):
+            seen.look(torch.cat([first, second]))
+            expected.look(torch.cat([second, second]))
+        seen.reorder(torch.tensor([1, 1]))
+        for _ in range(3):
+            seen.look(torch.cat([first, first]))
+            expected.look(torch.cat([first, first]))
+        assert torch.equal(seen.held_back(), expected.held_back())
+        assert torch.equal(seen.distance, expected.distance)
+
+
+CHATS = (
+    chat("read", noise_image(100, 200)),
+    chat("what?", noise_image(70, 60, seed=1), noise_image(40, 300, seed=2)),
+    chat("no picture here"),
+)
+LENGTH = 3 * LAG
+
+
+def batch(*chats) -> dict:
+    return encode(tiny_processor("cross_attention"), *(chats or CHATS))
+
+
+def model(**options):
+    return tiny_model("cross_attention", cross_attention_gate=1.0, **options)
+
+
+class TestGeneration:
+    def test_answers_change_once_something_is_held_back(self):
+        without = answer(model(), batch(), num_tokens=LENGTH)
+        held = answer(model(coverage_penalty=20.0), batch(), num_tokens=LENGTH)
+        assert all(a[: LAG + 1] == b[: LAG + 1] for a, b in zip(without, held, strict=True))
+        assert without[0] != held[0] and without[2] == held[2]
+
+    @pytest.mark.parametrize("options", [{}, {"num_beams": 3}])
+    def test_batch_is_single(self, options):
+        options = {"num_tokens": LENGTH} | options
+        held = model(coverage_penalty=20.0)
+        assert [answer(held, batch(one), **options)[0] for one in CHATS] == answer(held, batch(), **options)
+
+    def test_one_beam_of_each_is_greedy(self):
+        """Every answer of `num_return_sequences` has a coverage of its own."""
+        held = model(coverage_penalty=20.0)
+        greedy = held.generate(**batch(CHATS[0]), max_new_tokens=LENGTH, do_sample=False)
+        torch.manual_seed(0)
+        sampled = held.generate(
+            **batch(CHATS[0]), max_new_tokens=LENGTH, do_sample=True, top_k=1, num_return_sequences=2
+        )
+        assert torch.equal(sampled, greedy.expand(2, -1))
+
+    def test_without_cache_says_so(self):
+        with pytest.warns(UserWarning, match="coverage_penalty has no effect without a cache"):
+            answer(model(coverage_penalty=20.0), batch(CHATS[0]), use_cache=False)
+
+    def test_several_ids_at_once_are_refused(self):
+        with pytest.raises(ValueError, match="got .* ids at once; generate without an assistant"):
+            answer(model(coverage_penalty=20.0), batch(CHATS[0]), prompt_lookup_num_tokens=3)
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"coverage_penalty": -1.0}, {"coverage_penalty": 5.0, "connector": "pixel_unshuffle"}]
+)
+def test_config_refuses(wrong):
+    options = model().config.to_dict() | wrong
+    with pytest.raises(ValueError, match="coverage_penalty is .* expected 0, or more with connector"):
+        VlmSliceConfig(**options)
