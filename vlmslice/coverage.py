@@ -1,15 +1,18 @@
-"""Coverage: what an answer has read already is held back from being read again.
+"""Coverage: an answer that has begun to read once more what it has read is held back from it.
 
 Legend: B samples, M visual tokens of a sample (padded; the last is a place where nothing is).
 
 A small model that loses its line goes back to one that it has read, and reads on from there, page after page. So the
-attention of each token is added up, and what has been looked at is held back in the attention of those to come: the
-coverage of machine translation (Tu et al., 2016, https://arxiv.org/abs/1601.04811; See et al., 2017,
-https://arxiv.org/abs/1704.04368), without weights of its own. What the answer reads is told by the heads that the guide
-loss teaches to look at it (`attention_guide`): their attention is sharp, and goes to what is being written.
+attention that each visual token gets is added up: the coverage of machine translation (Tu et al., 2016,
+https://arxiv.org/abs/1601.04811; See et al., 2017, https://arxiv.org/abs/1704.04368), without weights of its own. Of
+an answer that reads line by line next to nothing falls on what was covered before, of one that goes back nearly all of
+it does. From the moment that this is so, what is covered is held back in its attention, and it reads on where it has not
+been, or ends. Other answers stay as they are, bit for bit.
 
-A letter may be larger than a patch, and a look touches few of its patches; the others would do for reading it again. So
-a look covers as much as the letter is likely to, by the distance of the looks at neighbouring letters.
+What an answer reads is told by the heads that the guide loss teaches to look at it (`attention_guide`): their attention
+is sharp, and goes to what is being written. A letter may be larger than a patch, and a look touches few of its patches;
+the others would do for reading it again. So a look covers as much as the letter is likely to, by the distance of the
+looks at neighbouring letters.
 """
 
 from __future__ import annotations
@@ -22,6 +25,12 @@ FREE = 0.3
 """Looks, as sums of attention, that hold nothing back: a glance in passing."""
 REACH = 1.2
 """How far a look covers up and down, in distances of neighbouring letters; to the sides it is half as far."""
+AGAIN = 0.5
+"""Share of the looks at what was covered before, from which on an answer reads again."""
+MEMORY = 12
+"""Tokens over which this share is taken, as the time constant of a moving average."""
+_FINEST = 0.3
+"""Blocks from letter to letter in the finest print there is; a gaze that does not move is no finer print."""
 _FIRST_DISTANCE = 0.5
 """Blocks between letters while none are known."""
 
@@ -32,6 +41,8 @@ class Coverage:
     Attributes:
         covered: `float[B, M]` sums of attention, those of the last `LAG` steps not among them.
         distance: `float[B]` between neighbouring letters, in blocks, a moving average.
+        again: `float[B]` share of the looks at what was covered before, likewise.
+        is_held_back: `bool[B]`, whether the answer has begun to read again; it stays so.
     """
 
     def __init__(self, places_BM2: torch.Tensor, penalty: float, beyond: int):
@@ -41,12 +52,14 @@ class Coverage:
         self._places_BM2 = places_BM2.float()
         self.covered = torch.zeros_like(self._places_BM2[..., 0])
         self.distance = torch.full_like(self.covered[:, 0], _FIRST_DISTANCE)
+        self.again = torch.zeros_like(self.distance)
+        self.is_held_back = torch.zeros_like(self.distance, dtype=torch.bool)
         self._last_B2: torch.Tensor | None = None
         self._recent: list[torch.Tensor] = []
 
     def held_back(self) -> torch.Tensor:
         """`float[B, M]`, 0 to `penalty`: what is to be taken off the logits of attention; 0 where nothing is."""
-        return self.penalty * (self.covered - FREE).clamp(0, 1)
+        return self.penalty * (self.covered - FREE).clamp(0, 1) * self.is_held_back[:, None]
 
     def look(self, weights_BM: torch.Tensor) -> None:
         """Adds the attention with which one more token of each answer was read; rows sum to at most 1."""
@@ -61,6 +74,12 @@ class Coverage:
                 is_next_letter_B, 0.85 * self.distance + 0.15 * across_B, self.distance
             )
         self._last_B2 = place_B2
+        # Of print finer than a block, several letters of a line and at last two lines are read from one token.
+        letter_B = self.distance.clamp(_FINEST, 1)
+        times_B = (weights_BM * self.covered).sum(dim=1) * letter_B
+        before_B = (times_B - (0.5 / letter_B - 1).clamp_min(0)).clamp(0, 1)
+        self.again = self.again + (before_B - self.again) / MEMORY
+        self.is_held_back = self.is_held_back | (self.again > AGAIN)
         away_BM2 = (self._places_BM2 - place_B2[:, None]).abs()
         reach_B12 = REACH * self.distance[:, None, None] * away_BM2.new_tensor([1.0, 0.5])
         is_same_letter_BM = (away_BM2 <= reach_B12).all(dim=-1) & self._is_somewhere_BM
@@ -71,6 +90,7 @@ class Coverage:
     def reorder(self, rows: torch.Tensor) -> None:
         """Each answer goes on from that of another row, as in beam search; rows of one sample see the same tokens."""
         self.covered, self.distance = self.covered[rows], self.distance[rows]
+        self.again, self.is_held_back = self.again[rows], self.is_held_back[rows]
         self._recent = [looks_BM[rows] for looks_BM in self._recent]
         if self._last_B2 is not None:
             self._last_B2 = self._last_B2[rows]
