@@ -6,8 +6,8 @@ A small model that loses its line goes back to one that it has read, and reads o
 attention that each visual token gets is added up: the coverage of machine translation (Tu et al., 2016,
 https://arxiv.org/abs/1601.04811; See et al., 2017, https://arxiv.org/abs/1704.04368), without weights of its own. Of
 an answer that reads line by line next to nothing falls on what was covered before, of one that goes back nearly all of
-it does. From the moment that this is so, what is covered is held back in its attention, and it reads on where it has not
-been, or ends. Other answers stay as they are, bit for bit.
+it does. From the moment that this is so, what is covered is held back in its attention, and it reads on where it has
+not been, or ends. Other answers stay as they are, bit for bit.
 
 What an answer reads is told by the heads that the guide loss teaches to look at it (`attention_guide`): their attention
 is sharp, and goes to what is being written. A letter may be larger than a patch, and a look touches few of its patches;

@@ -74,6 +74,7 @@ CONNECTOR_OPTIONS: dict[str, dict] = {
         "connector_heads": 4,
         "connector_scale": 1.0,
         "cross_attention_gate": 1.0,
+        "coverage_penalty": 20.0,
         "first_fit_layers": [3, 4],
     },
 }
@@ -347,16 +348,19 @@ REAL_SHARES = {
 }
 
 
-def _mix(
-    steps: list[Curriculum], fonts: FontLibrary, group: int, name: str, data_root: Path | None
+def mix(
+    steps: list[Curriculum], fonts: FontLibrary, group: int, name: str, data_root: Path | None, seed: int = 0
 ) -> Dataset:
-    """Rendered pictures; with `data_root`, real receipts among them."""
-    rendered = TaskDataset(steps, fonts, group=group, name=name)
+    """Rendered pictures; with `data_root`, real receipts among them, as many as are mixed into the stage `name`."""
+    rendered = TaskDataset(steps, fonts, seed=seed, group=group, name=name)
     if data_root is None:
         return rendered
     shares = REAL_SHARES[name]
-    real = [(ShuffledDataset(RealDataset(data_root, [part])), share) for part, share in shares.items()]
-    return MixedDataset([(rendered, 1 - sum(shares.values())), *real], len(rendered), group)
+    real = [
+        (ShuffledDataset(RealDataset(data_root, [part], seed=seed), seed=seed), share)
+        for part, share in shares.items()
+    ]
+    return MixedDataset([(rendered, 1 - sum(shares.values())), *real], len(rendered), group, seed=seed)
 
 
 def nano(
@@ -433,7 +437,7 @@ def nano(
             "logging_steps": 10,
         }
         # Two processes then have pictures of one size at a time, and neither waits for the other.
-        dataset = _mix(steps, fonts, 2 * batch[0], name, data_root)
+        dataset = mix(steps, fonts, 2 * batch[0], name, data_root)
         return Stage(
             name, model, dataset, collator, _COMMON | arguments | options, save, learning_rates, MATRICES
         )
