@@ -56,6 +56,17 @@ class TestCoverage:
         assert (held[0, [0, 3]] >= 20 * 0.7).all(), "what was read"
         assert not held[0, 10].any(), "where nothing was read"
 
+    def test_what_is_looked_at_while_nothing_is_read_does_not_count(self):
+        """Brackets and quotes of JSON: the gaze wanders over the page, and goes on from where it has read."""
+        seen = coverage()
+        read(seen, 0)
+        distance = seen.distance
+        for step in range(40):
+            seen.look(at(step * 7 % 12, step * 5 % 8, share=0.3))
+        assert torch.equal(seen.distance, distance) and not seen.again.any()
+        read(seen, 3)
+        assert not seen.is_held_back.any()
+
     def test_fine_print_is_no_reading_again(self):
         """Three letters to a block, and lines that share their blocks in pairs."""
         seen = coverage()
@@ -135,6 +146,13 @@ def model(**options):
     return tiny_model("cross_attention", cross_attention_gate=1.0, **options)
 
 
+@pytest.fixture
+def every_look_counts(monkeypatch) -> None:
+    """Models that nobody has taught look at all tokens alike."""
+    monkeypatch.setattr("vlmslice.coverage.SHARP", 0.0)
+
+
+@pytest.mark.usefixtures("every_look_counts")
 class TestGeneration:
     def test_answers_change_once_something_is_held_back(self):
         without = answer(model(), batch(), num_tokens=LENGTH)

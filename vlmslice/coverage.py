@@ -21,6 +21,8 @@ import torch
 
 LAG = 16
 """Tokens for which what was read may be looked at again: letters share a patch, and some are spelt in several bytes."""
+SHARP = 0.5
+"""Attention to one token, from which on it is a look at what is read; brackets and quotes of JSON are read nowhere."""
 FREE = 0.3
 """Looks, as sums of attention, that hold nothing back: a glance in passing."""
 REACH = 1.2
@@ -65,24 +67,26 @@ class Coverage:
         """Adds the attention with which one more token of each answer was read; rows sum to at most 1."""
         weights_BM = weights_BM.float().where(self._is_somewhere_BM, 0)
         most_B1, top_B1 = weights_BM.max(dim=1, keepdim=True)
+        is_sharp_B1 = most_B1 > SHARP
+        is_sharp_B = is_sharp_B1[:, 0]
         place_B2 = self._places_BM2.gather(1, top_B1[..., None].expand(-1, -1, 2))[:, 0]
-        place_B2 = place_B2.where(most_B1 > 0, 0)
-        if self._last_B2 is not None:
-            down_B, across_B = (place_B2 - self._last_B2).abs().unbind(1)
-            is_next_letter_B = (down_B <= 3 * self.distance + 1) & (across_B <= 6 * self.distance + 2)
-            self.distance = torch.where(
-                is_next_letter_B, 0.85 * self.distance + 0.15 * across_B, self.distance
-            )
-        self._last_B2 = place_B2
+        if self._last_B2 is None:
+            self._last_B2 = torch.full_like(place_B2, float("inf"))
+        down_B, across_B = (place_B2 - self._last_B2).abs().unbind(1)
+        is_next_letter_B = (down_B <= 3 * self.distance + 1) & (across_B <= 6 * self.distance + 2)
+        moved_B = 0.85 * self.distance + 0.15 * across_B
+        self.distance = moved_B.where(is_next_letter_B & is_sharp_B, self.distance)
+        self._last_B2 = place_B2.where(is_sharp_B1, self._last_B2)
         # Of print finer than a block, several letters of a line and at last two lines are read from one token.
         letter_B = self.distance.clamp(_FINEST, 1)
         times_B = (weights_BM * self.covered).sum(dim=1) * letter_B
         before_B = (times_B - (0.5 / letter_B - 1).clamp_min(0)).clamp(0, 1)
-        self.again = self.again + (before_B - self.again) / MEMORY
+        again_B = self.again + (before_B - self.again) / MEMORY
+        self.again = again_B.where(is_sharp_B, self.again)
         self.is_held_back = self.is_held_back | (self.again > AGAIN)
         away_BM2 = (self._places_BM2 - place_B2[:, None]).abs()
         reach_B12 = REACH * self.distance[:, None, None] * away_BM2.new_tensor([1.0, 0.5])
-        is_same_letter_BM = (away_BM2 <= reach_B12).all(dim=-1) & self._is_somewhere_BM
+        is_same_letter_BM = (away_BM2 <= reach_B12).all(dim=-1) & self._is_somewhere_BM & is_sharp_B1
         self._recent.append(torch.maximum(weights_BM, is_same_letter_BM * most_B1))
         if len(self._recent) > LAG:
             self.covered = self.covered + self._recent.pop(0)
