@@ -282,6 +282,18 @@ def test_the_bundled_model_goes_on(train: Train, tmp_path: Path) -> None:
     assert logged(tmp_path / "head", "glyph_right")
 
 
+def test_it_goes_on_with_other_samples_each_time(train: Train) -> None:
+    from recipes import build_stages
+
+    (head, large), (_, again), (_, other) = (
+        build_stages("onward", **options)
+        for options in ({}, {"options": {"seed": 2}}, {"options": {"seed": 3}})
+    )
+    assert (head.name, large.name, large.arguments["max_steps"]) == ("head", "large", 460)
+    questions = [[stage.dataset[i].question for i in range(8)] for stage in (large, again, other)]
+    assert questions[0] == questions[1] != questions[2]
+
+
 def test_steps_are_filled_up() -> None:
     from vlmslice.training import Stage
 
