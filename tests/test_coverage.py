@@ -16,7 +16,7 @@ NOWHERE = torch.tensor([[BEYOND, BEYOND]])
 
 def coverage(num_samples: int = 1, penalty: float = 20.0) -> Coverage:
     """Of 12 x 8 blocks and the place where nothing is."""
-    return Coverage(torch.cat([GRID, NOWHERE]).expand(num_samples, -1, 2), penalty, BEYOND)
+    return Coverage(torch.cat([GRID, NOWHERE]).expand(num_samples, -1, 2), penalty)
 
 
 def at(row: int, col: int, share: float = 1.0) -> torch.Tensor:
@@ -88,7 +88,7 @@ class TestCoverage:
     def test_large_letters_are_covered_from_top_to_bottom(self, step):
         """Letters that are a block wide are about two high: half of it covers a block above and one below."""
         page = torch.cartesian_prod(torch.arange(12), torch.arange(200))
-        seen = Coverage(torch.cat([page, NOWHERE])[None], 20.0, BEYOND)
+        seen = Coverage(torch.cat([page, NOWHERE])[None], 20.0)
         for _ in range(2):
             for col in range(0, 200, step):
                 weights = torch.zeros(1, len(page) + 1)
@@ -166,7 +166,7 @@ class TestGeneration:
         held = model(coverage_penalty=20.0)
         assert [answer(held, batch(one), **options)[0] for one in CHATS] == answer(held, batch(), **options)
 
-    def test_one_beam_of_each_is_greedy(self):
+    def test_likeliest_samples_are_the_greedy_answer(self):
         """Every answer of `num_return_sequences` has a coverage of its own."""
         held = model(coverage_penalty=20.0)
         greedy = held.generate(**batch(CHATS[0]), max_new_tokens=LENGTH, do_sample=False)

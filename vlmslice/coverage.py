@@ -7,7 +7,7 @@ attention that each visual token gets is added up: the coverage of machine trans
 https://arxiv.org/abs/1601.04811; See et al., 2017, https://arxiv.org/abs/1704.04368), without weights of its own. Of
 an answer that reads line by line next to nothing falls on what was covered before, of one that goes back nearly all of
 it does. From the moment that this is so, what is covered is held back in its attention, and it reads on where it has
-not been, or ends. Other answers stay as they are, bit for bit.
+not been, or ends. Other answers stay as they are.
 
 What an answer reads is told by the heads that the guide loss teaches to look at it (`attention_guide`): their attention
 is sharp, and goes to what is being written. A letter may be larger than a patch, and a look touches few of its patches;
@@ -18,6 +18,8 @@ looks at neighbouring letters.
 from __future__ import annotations
 
 import torch
+
+from vlmslice.first_fit import BEYOND
 
 LAG = 16
 """Tokens for which what was read may be looked at again: letters share a patch, and some are spelt in several bytes."""
@@ -47,16 +49,16 @@ class Coverage:
         is_held_back: `bool[B]`, whether the answer has begun to read again; it stays so.
     """
 
-    def __init__(self, places_BM2: torch.Tensor, penalty: float, beyond: int):
-        """`places_BM2`: rows and columns in blocks, from `beyond` on of what lies nowhere; `penalty`: in logits."""
+    def __init__(self, places_BM2: torch.Tensor, penalty: float):
+        """`places_BM2`: rows and columns in blocks, see `VisualMemory.places`; `penalty`: in logits."""
         self.penalty = penalty
-        self._is_somewhere_BM = (places_BM2 < beyond).all(dim=-1)
+        self._is_somewhere_BM = (places_BM2 < BEYOND).all(dim=-1)
         self._places_BM2 = places_BM2.float()
         self.covered = torch.zeros_like(self._places_BM2[..., 0])
         self.distance = torch.full_like(self.covered[:, 0], _FIRST_DISTANCE)
         self.again = torch.zeros_like(self.distance)
         self.is_held_back = torch.zeros_like(self.distance, dtype=torch.bool)
-        self._last_B2: torch.Tensor | None = None
+        self._last_B2 = torch.full_like(self._places_BM2[:, 0], float("inf"))
         self._recent: list[torch.Tensor] = []
 
     def held_back(self) -> torch.Tensor:
@@ -70,8 +72,6 @@ class Coverage:
         is_sharp_B1 = most_B1 > SHARP
         is_sharp_B = is_sharp_B1[:, 0]
         place_B2 = self._places_BM2.gather(1, top_B1[..., None].expand(-1, -1, 2))[:, 0]
-        if self._last_B2 is None:
-            self._last_B2 = torch.full_like(place_B2, float("inf"))
         down_B, across_B = (place_B2 - self._last_B2).abs().unbind(1)
         is_next_letter_B = (down_B <= 3 * self.distance + 1) & (across_B <= 6 * self.distance + 2)
         moved_B = 0.85 * self.distance + 0.15 * across_B
@@ -96,5 +96,4 @@ class Coverage:
         self.covered, self.distance = self.covered[rows], self.distance[rows]
         self.again, self.is_held_back = self.again[rows], self.is_held_back[rows]
         self._recent = [looks_BM[rows] for looks_BM in self._recent]
-        if self._last_B2 is not None:
-            self._last_B2 = self._last_B2[rows]
+        self._last_B2 = self._last_B2[rows]

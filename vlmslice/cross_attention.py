@@ -275,7 +275,7 @@ class CrossAttentionLayers(nn.Module):
 
     def hold_back(self, memory: VisualMemory, penalty: float) -> VisualMemory:
         """The same memory at the beginning of an answer, of which nothing is to be read twice (see `coverage`)."""
-        return memory._replace(coverage=Coverage(memory.places, penalty, BEYOND))
+        return memory._replace(coverage=Coverage(memory.places, penalty))
 
     def reorder(self, rows: torch.Tensor) -> None:
         """After a step of beam search: what each row has read is what another had, see `Coverage.reorder`."""
